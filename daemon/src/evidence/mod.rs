@@ -1,0 +1,3 @@
+//! Evidence: what is stored beside an image, fetched and hashed here, judged in `verify`.
+
+pub mod registry;

@@ -1,0 +1,3 @@
+//! Verification: does the evidence prove what the rule requires?
+
+pub mod key;
