@@ -110,9 +110,9 @@ impl Cosign {
         Ok(self.pair(name))
     }
 
-    /// A key pair of an algorithm, by openssl but for cosign's own `p256`: `ed25519`, `rsa2048`,
-    /// `rsa4096`, and for cosign 3 `p384`, `p521` and `rsa3072` as well (cosign 2.5.0 imports no EC
-    /// key at all).
+    /// A key pair of an algorithm: cosign's own for `p256`; made by openssl and imported for
+    /// `ed25519`, and with cosign 3 also `p384`, `p521`, `rsa2048`, `rsa3072` and `rsa4096`. cosign
+    /// 2.5.0 imports neither EC nor RSA keys: take them from KMS.
     pub async fn import_key(&self, name: &str, algorithm: &str) -> Result<KeyPair> {
         if algorithm == "p256" {
             return self.generate_key(name).await;

@@ -112,6 +112,37 @@ impl Oci {
         Ok(digest)
     }
 
+    /// Stores a manifest by its digest and enters it in the fallback list of what it refers to (its
+    /// `subject`), as a client does where the registry has no referrers API.
+    pub async fn attach(&self, repository: &str, manifest: &Value) -> Result<String> {
+        let bytes = serde_json::to_vec(manifest)?;
+        let digest = digest(&bytes);
+        let entry = descriptor(MANIFEST, &bytes);
+        self.put_manifest(repository, &digest, MANIFEST, bytes).await?;
+        let subject = manifest["subject"]["digest"].as_str();
+        self.list_referrer(repository, subject.context("no subject")?, entry).await?;
+        Ok(digest)
+    }
+
+    /// Adds a descriptor to the fallback list of a digest.
+    pub async fn list_referrer(&self, repository: &str, subject: &str, entry: Value) -> Result<()> {
+        // The list is read, changed and written: one at a time.
+        static ONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+        let _one = ONE.lock().await;
+        let tag = subject.replace(':', "-");
+        let mut index = match self.find_manifest(repository, &tag).await? {
+            Some(index) => index.json()?,
+            None => serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": []}),
+        };
+        if let Some(list) = index["manifests"].as_array_mut() {
+            list.retain(|old| old["digest"] != entry["digest"]);
+            list.push(entry);
+        }
+        let bytes = serde_json::to_vec(&index)?;
+        self.put_manifest(repository, &tag, INDEX, bytes).await?;
+        Ok(())
+    }
+
     /// Removes a manifest, by digest.
     pub async fn delete_manifest(&self, repository: &str, digest: &str) -> Result<()> {
         let path = format!("/v2/{repository}/manifests/{digest}");

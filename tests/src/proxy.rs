@@ -494,13 +494,13 @@ struct Upstream {
 }
 
 impl Upstream {
-    /// Passes a request on. The Host header stays, so that a registry's Location headers lead back
-    /// here.
-    async fn forward(&self, mut request: Request<Incoming>) -> Result<Response<Body>, BoxError> {
-        let uri = request.uri().clone();
-        if let (Some((oci, size)), Some((repository, digest))) =
-            (&self.referrers, referrers::asked(uri.path()))
-        {
+    /// Passes a request on, or answers the referrers API in upstream's place.
+    async fn forward(&self, request: Request<Incoming>) -> Result<Response<Body>, BoxError> {
+        let Some((oci, size)) = &self.referrers else {
+            return self.send(request.map(|body| body.boxed())).await;
+        };
+        let (method, uri) = (request.method().clone(), request.uri().clone());
+        if let Some((repository, digest)) = referrers::asked(uri.path()) {
             let page = referrers::page(oci, repository, digest, uri.query(), *size).await?;
             let mut response = Response::builder().header("content-type", oci::INDEX);
             if let Some(next) = page.next {
@@ -508,9 +508,32 @@ impl Upstream {
             }
             return Ok(response.body(whole(page.body))?);
         }
-        if let Ok(scheme) = HeaderValue::from_str(self.scheme) {
-            request.headers_mut().insert("x-forwarded-proto", scheme);
+        match referrers::pushed_to(uri.path()) {
+            Some(repository) if method == hyper::Method::PUT => {
+                let (head, body) = request.into_parts();
+                let manifest = body.collect().await?.to_bytes();
+                let request = Request::from_parts(head, Full::new(manifest.clone()));
+                let mut response = self.send(request).await?;
+                if response.status().is_success()
+                    && let Some(subject) = referrers::stored(oci, repository, &manifest).await?
+                {
+                    let subject = HeaderValue::from_str(&subject)?;
+                    response.headers_mut().insert("oci-subject", subject);
+                }
+                Ok(response)
+            }
+            _ => self.send(request.map(|body| body.boxed())).await,
         }
+    }
+
+    /// Passes a request on. The Host header stays, so that a registry's Location headers lead back
+    /// here.
+    async fn send<B>(&self, mut request: Request<B>) -> Result<Response<Body>, BoxError>
+    where
+        B: hyper::body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        request.headers_mut().insert("x-forwarded-proto", HeaderValue::from_static(self.scheme));
         match http::stream(self.address, request).await {
             Ok(response) => Ok(response.map(|body| body.map_err(Into::into).boxed())),
             Err(error) => Ok(Response::builder()

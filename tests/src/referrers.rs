@@ -1,5 +1,6 @@
-//! The referrers API of OCI 1.1, put in front of a registry that has none: the lists come from the
-//! fallback tags that clients write for such a registry.
+//! The referrers API of OCI 1.1, put in front of a registry that has none. The lists are kept in the
+//! fallback tags that clients write for such a registry; what is pushed with a subject is entered
+//! there, and the client is told so.
 
 use crate::oci;
 use crate::oci::Oci;
@@ -18,6 +19,25 @@ pub(crate) struct Page {
 pub(crate) fn asked(path: &str) -> Option<(&str, &str)> {
     let (repository, digest) = path.strip_prefix("/v2/")?.split_once("/referrers/")?;
     Some((repository, digest))
+}
+
+/// The repository that a path pushes a manifest to.
+pub(crate) fn pushed_to(path: &str) -> Option<&str> {
+    let (repository, _) = path.strip_prefix("/v2/")?.split_once("/manifests/")?;
+    Some(repository)
+}
+
+/// Enters a manifest that was stored; answers the digest that it refers to.
+pub(crate) async fn stored(oci: &Oci, repository: &str, manifest: &[u8]) -> Result<Option<String>> {
+    let Ok(json) = serde_json::from_slice::<Value>(manifest) else {
+        return Ok(None);
+    };
+    let Some(subject) = json["subject"]["digest"].as_str() else {
+        return Ok(None);
+    };
+    let entry = oci::descriptor(oci::MANIFEST, manifest);
+    oci.list_referrer(repository, subject, entry).await?;
+    Ok(Some(subject.to_owned()))
 }
 
 /// Answers one request; `query` says where the page begins, as an earlier page's `next` put it.
