@@ -1,1 +1,5 @@
-fn main() {}
+//! The `pullgate` binary.
+
+fn main() -> std::process::ExitCode {
+    pullgate::cli::main()
+}

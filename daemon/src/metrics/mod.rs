@@ -1,6 +1,8 @@
 //! Prometheus metrics, prefix `pullgate_`. No unbounded label: rules are labelled by name or
 //! position, registries and keys only by operation and outcome.
 
+pub mod server;
+
 use std::time::Duration;
 
 use prometheus::{

@@ -1,0 +1,114 @@
+//! `ImageStatus`: the second gate. An image that is there but not allowed is answered as absent,
+//! so that the kubelet pulls, and the pull says why.
+
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use prost::Message;
+use tonic::Status;
+
+use super::messages::{Image, ImageStatusRequest, ImageStatusResponse};
+use super::{pull_image, router};
+use crate::audit::{Context, Method};
+use crate::delegate::body::{self, Body, Unary};
+use crate::digest::Digest;
+use crate::engine::Ask;
+use crate::evidence::registry::Credentials;
+use crate::gate::Gate;
+use crate::reference::Reference;
+
+/// Answers one `ImageStatus`.
+pub async fn answer(gate: &Gate, request: Request<Incoming>) -> Response<Body> {
+    gated(gate, request).await.unwrap_or_else(router::refuse)
+}
+
+async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>, Status> {
+    let (head, incoming) = request.into_parts();
+    let call = Unary::read(incoming).await?.ok_or_else(|| Status::internal("a call without a message"))?;
+    let asked = ImageStatusRequest::decode(call.message.clone())
+        .map_err(|error| Status::internal(format!("grpc: error unmarshalling request: {error}")))?;
+    let spec = asked.image.unwrap_or_default();
+    let patience = pull_image::patience(&head.headers, gate.engine.active().config.image_status_deadline);
+    let response = gate.next_hop.send(Request::from_parts(head, call.into_body())).await?;
+    let (head, incoming) = response.into_parts();
+    let Some(answer) = Unary::read(incoming).await? else {
+        return Ok(Response::from_parts(head, body::empty()));
+    };
+    let status = ImageStatusResponse::decode(answer.message.clone())
+        .map_err(|error| Status::internal(format!("the next hop's answer can't be read: {error}")))?;
+    let Some(image) = status.image else { return Ok(Response::from_parts(head, answer.into_body())) };
+    let question =
+        Question { gate, asked: &spec.image, image: &image, patience, handler: &spec.runtime_handler };
+    let answer = match question.is_allowed().await? {
+        true => answer,
+        false => Unary { message: ImageStatusResponse::default().encode_to_vec().into(), ..answer },
+    };
+    Ok(Response::from_parts(head, answer.into_body()))
+}
+
+struct Question<'a> {
+    gate: &'a Gate,
+    asked: &'a str,
+    image: &'a Image,
+    patience: Duration,
+    handler: &'a str,
+}
+
+impl Question<'_> {
+    /// The decision is about the image that containerd resolved, never about the spelling: by
+    /// the digest of the name's own record, or, where the caller did not use a recorded name
+    /// (an image ID, in whatever spelling), by any of the names that the image has.
+    async fn is_allowed(&self) -> Result<bool, Status> {
+        let deadline = tokio::time::Instant::now() + self.patience;
+        if let Ok(reference) = Reference::parse(self.asked) {
+            let name = reference.to_string();
+            if let Some(digest) = self.digest_of(&name).await? {
+                return Ok(self.judge(&name, digest, deadline).await);
+            }
+            // A recorded name that is not this image's: it has just been moved. The pull tells.
+            if self.gate.image_store.digest_of(&name).await?.is_some() {
+                return Ok(false);
+            }
+        }
+        for name in self.image.repo_digests.iter().chain(&self.image.repo_tags) {
+            if let Some(digest) = self.digest_of(name).await?
+                && self.judge(name, digest, deadline).await
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The digest of `name`'s record, provided that it is this image's.
+    async fn digest_of(&self, name: &str) -> Result<Option<Digest>, Status> {
+        let known = (name.to_owned(), self.image.id.clone());
+        if let Some(digest) = self.gate.known_names.get(&known) {
+            return Ok(Some(digest));
+        }
+        let Some(digest) = self.gate.image_store.digest_of(name).await? else { return Ok(None) };
+        let listed = self.image.repo_digests.iter().any(|d| d.ends_with(&format!("@{digest}")));
+        let same = listed || self.gate.image_store.config_digests(&digest).await?.contains(&self.image.id);
+        Ok(same.then_some(digest))
+    }
+
+    async fn judge(&self, name: &str, digest: Digest, deadline: tokio::time::Instant) -> bool {
+        let ask = Ask {
+            image: name.to_owned(),
+            present: Some(digest.clone()),
+            credentials: Credentials::none(),
+            patience: deadline.saturating_duration_since(tokio::time::Instant::now()),
+        };
+        let context = Context {
+            method: Method::ImageStatus,
+            runtime_handler: self.handler.to_owned(),
+            ..Context::default()
+        };
+        let allowed = self.gate.judge(&ask, &context).await.is_allowed();
+        if allowed {
+            self.gate.known_names.insert((name.to_owned(), self.image.id.clone()), digest);
+        }
+        allowed
+    }
+}

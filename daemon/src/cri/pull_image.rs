@@ -1,0 +1,159 @@
+//! `PullImage`: the first gate. Only a proved digest is asked for.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::header::CONTENT_LENGTH;
+use http::request::Parts;
+use http::{HeaderMap, Request, Response};
+use hyper::body::Incoming;
+use prost::Message;
+use tonic::Status;
+
+use super::messages::{PullImageRequest, PullImageResponse};
+use super::{refusal, router, wire};
+use crate::audit::{Context, Method};
+use crate::delegate::body::{self, Body, Unary};
+use crate::engine::Ask;
+use crate::engine::judgement::{Outcome, Permit};
+use crate::evidence::registry::Credentials;
+use crate::gate::Gate;
+
+/// How long a pull waits for the CRI plugin to notice the tag that was recorded for it.
+const TAG_SHOWS_WITHIN: Duration = Duration::from_secs(2);
+
+/// Answers one `PullImage`.
+pub async fn answer(gate: &Gate, request: Request<Incoming>) -> Response<Body> {
+    gated(gate, request).await.unwrap_or_else(router::refuse)
+}
+
+async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>, Status> {
+    let (head, incoming) = request.into_parts();
+    let call = Unary::read(incoming).await?.ok_or_else(|| Status::internal("a call without a message"))?;
+    let asked = PullImageRequest::decode(call.message.clone())
+        .map_err(|error| Status::internal(format!("grpc: error unmarshalling request: {error}")))?;
+    let (ask, context) = question(gate, &head, asked);
+    let judgement = gate.judge(&ask, &context).await;
+    if let Some(refused) = refusal::status(&judgement) {
+        return Err(refused);
+    }
+    match judgement.outcome {
+        Outcome::Allowed(_, permit) => pull(gate, head, call.message, &permit).await,
+        // `refusal::status` has answered these.
+        Outcome::Denied(_) | Outcome::Failed(_) => Err(Status::internal("a refusal without a text")),
+    }
+}
+
+fn question(gate: &Gate, head: &Parts, asked: PullImageRequest) -> (Ask, Context) {
+    let spec = asked.image.unwrap_or_default();
+    let pod = asked.sandbox_config.and_then(|sandbox| sandbox.metadata).unwrap_or_default();
+    let context = Context {
+        method: Method::PullImage,
+        namespace: pod.namespace,
+        pod: pod.name,
+        pod_uid: pod.uid,
+        runtime_handler: spec.runtime_handler,
+    };
+    let ask = Ask {
+        image: spec.image,
+        present: None,
+        credentials: asked.auth.map(Credentials::from_auth_config).unwrap_or_else(Credentials::none),
+        patience: patience(&head.headers, gate.engine.active().config.deadline),
+    };
+    (ask, context)
+}
+
+/// The configured deadline, or a little less than the caller's own where that is shorter: so it
+/// still hears the reason, and the work is left running instead of being cancelled with the call.
+pub fn patience(headers: &HeaderMap, configured: Duration) -> Duration {
+    let own = headers.get("grpc-timeout").and_then(|value| timeout(value.to_str().ok()?));
+    own.map_or(configured, |own| configured.min(own.mul_f64(0.9)))
+}
+
+/// `grpc-timeout`: at most 8 digits and a unit (gRPC over HTTP/2, "Timeout").
+fn timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let count: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    Some(match unit {
+        "H" => Duration::from_secs(count * 3600),
+        "M" => Duration::from_secs(count * 60),
+        "S" => Duration::from_secs(count),
+        "m" => Duration::from_millis(count),
+        "u" => Duration::from_micros(count),
+        "n" => Duration::from_nanos(count),
+        _ => return None,
+    })
+}
+
+/// Has the next hop pull what is permitted, and records the tag that the caller used.
+async fn pull(
+    gate: &Gate,
+    mut head: Parts,
+    message: Bytes,
+    permit: &Permit,
+) -> Result<Response<Body>, Status> {
+    let message = match permit.pinned() {
+        Some(pinned) => wire::with_image(&message, &pinned)
+            .map_err(|error| Status::internal(format!("grpc: error unmarshalling request: {error}")))?
+            .into(),
+        None => message,
+    };
+    head.headers.remove(CONTENT_LENGTH);
+    let started = Instant::now();
+    let response = gate.next_hop.send(Request::from_parts(head, body::message(&message))).await?;
+    let (head, incoming) = response.into_parts();
+    let Some(answer) = Unary::read(incoming).await? else {
+        return Ok(Response::from_parts(head, body::empty()));
+    };
+    gate.metrics.delegate.with_label_values(&["PullImage"]).observe(started.elapsed().as_secs_f64());
+    if let (Some(tag), Some(pinned)) = (permit.tag_to_record(), permit.pinned())
+        && let Err(status) = record_tag(gate, &tag, &pinned, &answer).await
+    {
+        // The image is there and was proved; the kubelet will run it by its id.
+        tracing::warn!(image = tag, error = status.message(), "the pulled image's tag could not be recorded");
+    }
+    Ok(Response::from_parts(head, answer.into_body()))
+}
+
+/// Makes the tag's record, and waits until the CRI plugin shows it for the pulled image.
+async fn record_tag(gate: &Gate, tag: &str, pinned: &str, answer: &Unary) -> Result<(), Status> {
+    let pulled = PullImageResponse::decode(answer.message.clone()).unwrap_or_default().image_ref;
+    if pulled.is_empty() {
+        return Ok(());
+    }
+    let shown = || async { Ok::<_, Status>(gate.next_hop.image_id(tag).await? == Some(pulled.clone())) };
+    gate.image_store.tag(tag, pinned).await?;
+    let deadline = tokio::time::Instant::now() + TAG_SHOWS_WITHIN;
+    let mut pause = Duration::from_millis(1);
+    while !shown().await? {
+        if tokio::time::Instant::now() + pause > deadline {
+            return Err(Status::deadline_exceeded("containerd does not show the recorded tag"));
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shorter_deadline_of_the_caller_counts() {
+        let configured = Duration::from_secs(10);
+        let with = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", text.parse().unwrap());
+            patience(&headers, configured)
+        };
+        assert_eq!(patience(&HeaderMap::new(), configured), configured);
+        assert_eq!(with("100m"), Duration::from_millis(90));
+        assert_eq!(with("2M"), configured);
+        for nonsense in ["", "S", "123456789S", "1x", "-1S", "é"] {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", http::HeaderValue::from_bytes(nonsense.as_bytes()).unwrap());
+            assert_eq!(patience(&headers, configured), configured, "{nonsense:?}");
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! The engine: reference, digest, credentials → judgement. Every door asks [`Engine::judge`].
+
+pub mod fingerprint;
+pub mod flight;
+pub mod judgement;
+mod verification;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use tokio::sync::Semaphore;
+
+use crate::config::{Config, DefaultAction, Loaded, SignedBy, Strategy};
+use crate::digest::Digest;
+use crate::evidence::registry::{Access, Credentials, FetchError, Registry, Settings};
+use crate::metrics::Metrics;
+use crate::reference::{Pointer, Reference};
+use crate::store::{Found, Lifetimes, Stored, Verdict, VerdictKey, VerdictStore};
+use crate::verdict::{AllowReason, DenyReason, Failure, FailureReason, Stop};
+use crate::verify::key::KeyRing;
+use crate::verify::key::kms::Kms;
+use crate::verify::key::pins::Pins;
+use flight::Flights;
+use judgement::{AppliedRule, CacheState, Judgement, Outcome, Permit};
+use verification::Verification;
+
+/// A verification that outlived its callers is given up after this long.
+const LONGEST_VERIFICATION: Duration = Duration::from_secs(60);
+
+/// An alias is compared with KMS again after this long.
+const ALIAS_RECHECK: Duration = Duration::from_secs(300);
+
+/// One question.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// The reference, as the caller spells it.
+    pub image: String,
+    /// The digest, where containerd has the image already: then no tag is resolved.
+    pub present: Option<Digest>,
+    /// The caller's registry credentials.
+    pub credentials: Credentials,
+    /// How long the caller waits for an answer.
+    pub patience: Duration,
+}
+
+/// A policy in force, and everything that was built from it.
+pub struct Active {
+    /// The configuration.
+    pub config: Config,
+    /// SHA-256 of the file's text, hexadecimal, shortened: names the policy in the journal.
+    pub fingerprint: String,
+    /// The registry client.
+    pub registry: Arc<Registry>,
+    /// The keys.
+    pub keys: Arc<KeyRing>,
+}
+
+impl Active {
+    /// A policy in force from a configuration. What it shares with `old` is kept: connections,
+    /// tokens and keys outlive a reload that does not touch them.
+    pub fn build(loaded: Loaded, old: Option<&Self>, pins: Pins, metrics: &Arc<Metrics>) -> Self {
+        let Loaded { config, fingerprint, .. } = loaded;
+        let kept = old.filter(|old| Self::same_dependencies(&old.config, &config));
+        let registry = kept.map(|old| Arc::clone(&old.registry));
+        let registry =
+            registry.unwrap_or_else(|| Arc::new(Registry::new(Settings::from(&config), Arc::clone(metrics))));
+        let keys = kept.map(|old| Arc::clone(&old.keys));
+        let keys = keys.unwrap_or_else(|| {
+            let kms = Kms::new(config.aws.clone(), Arc::clone(metrics));
+            Arc::new(KeyRing::new(Arc::new(kms), pins, ALIAS_RECHECK, Arc::clone(metrics)))
+        });
+        keys.forget();
+        Self { config, fingerprint: fingerprint.hex().chars().take(16).collect(), registry, keys }
+    }
+
+    fn same_dependencies(old: &Config, new: &Config) -> bool {
+        old.registry == new.registry
+            && old.aws == new.aws
+            && old.limits == new.limits
+            && old.containerd.registry_config_path == new.containerd.registry_config_path
+    }
+}
+
+/// The engine; shared by all doors.
+pub struct Engine {
+    active: ArcSwap<Active>,
+    store: Arc<VerdictStore>,
+    flights: Flights<(VerdictKey, u64), Result<Arc<Stored>, Failure>>,
+    at_once: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+}
+
+impl Engine {
+    /// An engine that decides by `active`.
+    pub fn new(active: Active, store: Arc<VerdictStore>, metrics: Arc<Metrics>) -> Self {
+        let at_once = Arc::new(Semaphore::new(active.config.limits.concurrent_verifications));
+        Self { active: ArcSwap::from_pointee(active), store, flights: Flights::default(), at_once, metrics }
+    }
+
+    /// The policy in force.
+    pub fn active(&self) -> Arc<Active> {
+        self.active.load_full()
+    }
+
+    /// Puts another policy in force; questions under way are answered by the old one.
+    pub fn activate(&self, active: Active) {
+        self.active.store(Arc::new(active));
+    }
+
+    /// The verdict store.
+    pub fn store(&self) -> &Arc<VerdictStore> {
+        &self.store
+    }
+
+    /// Answers one question. Every stage of the request path is a line of this function.
+    pub async fn judge(&self, ask: &Ask) -> Judgement {
+        let started = Instant::now();
+        let active = self.active.load_full();
+        let mut judgement = Judgement::about(&ask.image, &active.fingerprint);
+        let outcome = self.decide(ask, &active, started, &mut judgement).await;
+        judgement.outcome = outcome.unwrap_or_else(Outcome::from);
+        judgement.took = started.elapsed();
+        self.count(&judgement);
+        judgement
+    }
+
+    async fn decide(
+        &self,
+        ask: &Ask,
+        active: &Active,
+        started: Instant,
+        judgement: &mut Judgement,
+    ) -> Result<Outcome, Stop> {
+        let reference = Reference::parse(&ask.image).map_err(|error| {
+            DenyReason::InvalidReference.because(format!("the image reference can't be read: {error}"))
+        })?;
+        judgement.read_as(&reference, ask.present.as_ref());
+        let signed_by = match rule(active, &reference, judgement)? {
+            RuleSays::Allow => {
+                return Ok(Outcome::Allowed(AllowReason::AllowRule, Permit::as_asked(reference)));
+            }
+            RuleSays::Verify(signed_by) => signed_by,
+        };
+        let access = Access { credentials: ask.credentials.clone(), plain_http: judgement.is_dev() };
+        let patience = tokio::time::Instant::from_std(started + ask.patience);
+        let digest = within(patience, digest(ask, active, &reference, &access)).await?;
+        judgement.digest = Some(digest.clone());
+        let key = within(patience, active.keys.get(&signed_by.key, signed_by.remote_verify)).await?;
+        let verification =
+            Verification::new(active, &reference, digest, signed_by, key, access, ask.present.is_none());
+        let stored = self.verdict(verification, patience, &active.config, judgement).await?;
+        match &stored.verdict {
+            Verdict::Allow(proof) => {
+                judgement.proof = Some(proof.clone());
+                Ok(Outcome::Allowed(AllowReason::Signed, Permit::proved(reference, &stored)?))
+            }
+            Verdict::Deny(denial) => Err(denial.clone().into()),
+        }
+    }
+
+    /// The verdict from the store, or from a verification that is shared with whoever asks the
+    /// same; an old allow verdict stands in for a failure.
+    async fn verdict(
+        &self,
+        verification: Verification,
+        patience: tokio::time::Instant,
+        config: &Config,
+        judgement: &mut Judgement,
+    ) -> Result<Arc<Stored>, Stop> {
+        let lifetimes = Lifetimes::from(&config.cache);
+        let key = verification.key();
+        let stale = match self.store.find(&key, &lifetimes) {
+            Found::Fresh(stored, tier) => {
+                judgement.cache = CacheState::Hit(tier);
+                return Ok(stored);
+            }
+            Found::Stale(stored) => Some(stored),
+            Found::Nothing => None,
+        };
+        judgement.cache = CacheState::Miss;
+        match self.verify_once(verification, key, patience).await {
+            Ok(stored) => Ok(stored),
+            Err(failure) => {
+                // Another caller's credentials may have settled it in the meantime.
+                if let Found::Fresh(stored, tier) = self.store.find(&key, &lifetimes) {
+                    judgement.cache = CacheState::Hit(tier);
+                    return Ok(stored);
+                }
+                let Some(stored) = stale else { return Err(failure.into()) };
+                judgement.cache = CacheState::Stale(failure.reason);
+                self.metrics.stale_allows.inc();
+                Ok(stored)
+            }
+        }
+    }
+
+    async fn verify_once(
+        &self,
+        verification: Verification,
+        key: VerdictKey,
+        patience: tokio::time::Instant,
+    ) -> Result<Arc<Stored>, Failure> {
+        let whose = verification.access().credentials.fingerprint();
+        let (mut ticket, joined) = self.flights.join((key, whose), || {
+            let (store, at_once, metrics) = (self.store.clone(), self.at_once.clone(), self.metrics.clone());
+            async move {
+                // The semaphore is never closed; without a permit nothing is verified.
+                let _permit = at_once.acquire_owned().await.map_err(|_| timeout())?;
+                metrics.in_flight.inc();
+                let verdict = tokio::time::timeout(LONGEST_VERIFICATION, verification.run()).await;
+                metrics.in_flight.dec();
+                let stored = store.remember(key, verdict.unwrap_or_else(|_| Err(timeout()))?);
+                let to_disk = Arc::clone(&stored);
+                tokio::task::spawn_blocking(move || store.persist(&key, &to_disk));
+                Ok(stored)
+            }
+        });
+        if joined {
+            self.metrics.joins.inc();
+        }
+        match tokio::time::timeout_at(patience, ticket.wait()).await {
+            Ok(answer) => answer.unwrap_or_else(|| Err(timeout())),
+            Err(_) => {
+                ticket.leave_running();
+                Err(timeout())
+            }
+        }
+    }
+
+    fn count(&self, judgement: &Judgement) {
+        let reason = judgement.outcome.reason();
+        let rule = judgement.rule.as_ref().map_or("none", |rule| rule.name.as_str());
+        self.metrics.decisions.with_label_values(&[reason.decision(), reason.code(), rule]).inc();
+        let strategy = judgement.rule.as_ref().map_or("none", |rule| rule.strategy);
+        self.metrics
+            .verification
+            .with_label_values(&[strategy, judgement.cache.label()])
+            .observe(judgement.took.as_secs_f64());
+    }
+}
+
+enum RuleSays<'a> {
+    Allow,
+    Verify(&'a SignedBy),
+}
+
+fn rule<'a>(
+    active: &'a Active,
+    reference: &Reference,
+    judgement: &mut Judgement,
+) -> Result<RuleSays<'a>, Stop> {
+    let Some(rule) = active.config.policy.find(reference) else {
+        return match active.config.default {
+            DefaultAction::Allow => Ok(RuleSays::Allow),
+            DefaultAction::Deny => {
+                Err(DenyReason::NoRule.because("no rule matches and the default is deny").into())
+            }
+        };
+    };
+    judgement.rule = Some(AppliedRule::new(rule));
+    match &rule.strategy {
+        Strategy::Allow => Ok(RuleSays::Allow),
+        Strategy::Deny => Err(DenyReason::DenyRule.because("the rule denies it").into()),
+        Strategy::Signed(signed_by) | Strategy::Dev(signed_by) => Ok(RuleSays::Verify(signed_by)),
+    }
+}
+
+/// The digest to judge: of the present image, of the reference, or what the tag points to now.
+async fn digest(ask: &Ask, active: &Active, reference: &Reference, access: &Access) -> Result<Digest, Stop> {
+    match (&ask.present, &reference.pointer) {
+        (Some(present), _) => Ok(present.clone()),
+        (None, Pointer::Digest(digest)) => Ok(digest.clone()),
+        (None, Pointer::Tag(tag)) => {
+            active.registry.resolve(&reference.repository, tag, access).await.map_err(|error| match error {
+                FetchError::NotFound(what) => FailureReason::ImageNotFound.because(what).into(),
+                FetchError::Denied(denial) => denial.into(),
+                FetchError::Failed(failure) => failure.into(),
+            })
+        }
+    }
+}
+
+/// Work that no other caller shares ends with this caller's patience.
+async fn within<T>(
+    patience: tokio::time::Instant,
+    work: impl Future<Output = Result<T, Stop>>,
+) -> Result<T, Stop> {
+    tokio::time::timeout_at(patience, work).await.unwrap_or_else(|_| Err(timeout().into()))
+}
+
+fn timeout() -> Failure {
+    FailureReason::Timeout
+        .because("the verification did not end within the deadline; it goes on in the background")
+}
+
+impl From<&crate::config::Cache> for Lifetimes {
+    fn from(cache: &crate::config::Cache) -> Self {
+        Self { positive: cache.positive_ttl, negative: cache.negative_ttl, stale_grace: cache.stale_grace }
+    }
+}

@@ -1,0 +1,64 @@
+//! The gate: what the CRI edge needs to answer, in one place.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use quick_cache::sync::Cache;
+
+use crate::audit::{self, Context};
+use crate::config::RuntimeService;
+use crate::delegate::image_store::ImageStore;
+use crate::delegate::next_hop::NextHop;
+use crate::digest::Digest;
+use crate::engine::judgement::Judgement;
+use crate::engine::{Ask, Engine};
+use crate::metrics::Metrics;
+
+/// Names that were looked up in containerd's store; a node has some hundred images.
+const KNOWN_NAMES: usize = 2048;
+
+/// Shared by all connections.
+pub struct Gate {
+    /// Decides.
+    pub engine: Arc<Engine>,
+    /// The next CRI ImageService.
+    pub next_hop: NextHop,
+    /// containerd's image store.
+    pub image_store: ImageStore,
+    /// Digests of names of images that were allowed, by the name and the image's id. The id is
+    /// the hash of the image's config, and so of all its content: while a name resolves to it,
+    /// the digest that was proved for it stands, whatever record the name points to by now.
+    pub known_names: Cache<(String, String), Digest>,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+    runtime_service: RuntimeService,
+}
+
+impl Gate {
+    /// A gate in front of the CRI server at `image_endpoint`.
+    pub fn new(engine: Arc<Engine>, metrics: Arc<Metrics>) -> Self {
+        let active = engine.active();
+        let containerd = &active.config.containerd;
+        let image_endpoint: PathBuf = containerd.image_endpoint.clone();
+        Self {
+            next_hop: NextHop::new(image_endpoint),
+            image_store: ImageStore::new(containerd.address.clone(), containerd.namespace.clone()),
+            known_names: Cache::new(KNOWN_NAMES),
+            metrics,
+            runtime_service: active.config.runtime_service,
+            engine,
+        }
+    }
+
+    /// What happens to calls of the RuntimeService that stray in here.
+    pub fn runtime_service(&self) -> RuntimeService {
+        self.runtime_service
+    }
+
+    /// Asks the engine and writes the decision down: no decision leaves the gate unrecorded.
+    pub async fn judge(&self, ask: &Ask, context: &Context) -> Judgement {
+        let judgement = self.engine.judge(ask).await;
+        audit::record(&judgement, context);
+        judgement
+    }
+}

@@ -1,0 +1,187 @@
+//! Live reload: on SIGHUP, and when the configuration file changes (also by the symlink swap of
+//! a ConfigMap). A file is read and checked whole, then put in force at once, or not at all.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use notify::{RecursiveMode, Watcher};
+use tokio::sync::mpsc;
+
+use crate::config::{Config, Loaded, Strategy};
+use crate::engine::{Active, Engine};
+use crate::metrics::Metrics;
+use crate::verify::key::KeyUri;
+use crate::verify::key::pins::Pins;
+
+/// Writers replace files in several steps; their events are taken together.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// Reloads the configuration.
+pub struct Reloader {
+    path: PathBuf,
+    engine: Arc<Engine>,
+    metrics: Arc<Metrics>,
+    /// Why the newest file is not in force.
+    refused: Mutex<Option<String>>,
+}
+
+impl Reloader {
+    /// Reloads `path` into `engine`.
+    pub fn new(path: PathBuf, engine: Arc<Engine>, metrics: Arc<Metrics>) -> Self {
+        let reloader = Self { path, engine, metrics, refused: Mutex::default() };
+        reloader.succeeded();
+        reloader
+    }
+
+    /// The configuration file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Why the newest file is not in force, if it is not.
+    pub fn refused(&self) -> Option<String> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads the file and puts it in force, or says why not and leaves the old policy.
+    pub fn reload(&self) {
+        match Config::load(&self.path) {
+            Ok(loaded) => self.apply(loaded),
+            Err(errors) => {
+                let text = errors.to_string();
+                self.metrics.reloads.with_label_values(&["refused"]).inc();
+                self.metrics.reload_ok.set(0);
+                tracing::error!(
+                    message_id = crate::audit::POLICY_REFUSED,
+                    pullgate_policy = self.engine.active().fingerprint,
+                    "the new configuration is refused; the old policy stays in force: {text}",
+                );
+                *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+            }
+        }
+    }
+
+    fn apply(&self, loaded: Loaded) {
+        for warning in &loaded.warnings {
+            tracing::warn!("{warning}");
+        }
+        let old = self.engine.active();
+        for field in needs_restart(&old.config, &loaded.config) {
+            tracing::warn!("`{field}` has changed; it takes effect after a restart");
+        }
+        let pins = Pins::in_directory(loaded.config.state_dir.join("keys"));
+        let active = Active::build(loaded, Some(&old), pins, &self.metrics);
+        tracing::info!(
+            message_id = crate::audit::POLICY_LOADED,
+            pullgate_policy = active.fingerprint,
+            "the configuration was reloaded: {} rules",
+            active.config.policy.rules().len(),
+        );
+        self.engine.activate(active);
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.metrics.reloads.with_label_values(&["ok"]).inc();
+        self.succeeded();
+    }
+
+    fn succeeded(&self) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.metrics.reload_ok.set(1);
+        self.metrics.reload_time.set(now.as_secs() as i64);
+    }
+
+    /// Reloads whenever the file, or a key file that it names, has changed. Ends when the
+    /// daemon does.
+    pub async fn watch(self: Arc<Self>) {
+        let (changed, mut changes) = mpsc::channel(1);
+        let Some(mut watcher) = self.watcher(changed) else { return };
+        let mut watched = Vec::new();
+        let mut seen = self.contents();
+        loop {
+            for directory in self.directories() {
+                if !watched.contains(&directory) {
+                    match watcher.watch(&directory, RecursiveMode::NonRecursive) {
+                        Ok(()) => watched.push(directory),
+                        Err(error) => {
+                            tracing::warn!(directory = %directory.display(), %error, "changes are not noticed; use SIGHUP");
+                        }
+                    }
+                }
+            }
+            if changes.recv().await.is_none() {
+                return;
+            }
+            tokio::time::sleep(SETTLE).await;
+            let _ = changes.try_recv();
+            let now = self.contents();
+            if now != seen {
+                seen = now;
+                self.reload();
+            }
+        }
+    }
+
+    fn watcher(&self, changed: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
+        // A full channel means that a look is due anyway.
+        let on_event = move |_: notify::Result<notify::Event>| {
+            let _ = changed.try_send(());
+        };
+        match notify::recommended_watcher(on_event) {
+            Ok(watcher) => Some(watcher),
+            Err(error) => {
+                tracing::warn!(%error, "file changes can't be watched; use SIGHUP");
+                None
+            }
+        }
+    }
+
+    /// The configuration file and the key files.
+    fn files(&self) -> Vec<PathBuf> {
+        let active = self.engine.active();
+        let keys = active.config.policy.rules().iter().filter_map(|rule| match &rule.strategy {
+            Strategy::Signed(signed_by) | Strategy::Dev(signed_by) => match &signed_by.key {
+                KeyUri::File(path) => Some(path.clone()),
+                _ => None,
+            },
+            _ => None,
+        });
+        let mut files: Vec<PathBuf> = keys.chain([self.path.clone()]).collect();
+        files.sort();
+        files.dedup();
+        files
+    }
+
+    fn contents(&self) -> Vec<Option<Vec<u8>>> {
+        self.files().iter().map(|file| std::fs::read(file).ok()).collect()
+    }
+
+    fn directories(&self) -> Vec<PathBuf> {
+        let parent = |file: &PathBuf| match file.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        self.files().iter().map(parent).collect()
+    }
+}
+
+/// The fields whose change a running daemon does not follow.
+fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
+    [
+        ("listen", old.listen != new.listen),
+        ("admin", old.admin != new.admin),
+        ("stateDir", old.state_dir != new.state_dir),
+        ("containerd.address", old.containerd.address != new.containerd.address),
+        ("containerd.imageEndpoint", old.containerd.image_endpoint != new.containerd.image_endpoint),
+        ("containerd.namespace", old.containerd.namespace != new.containerd.namespace),
+        ("metrics", old.metrics != new.metrics),
+        ("allowedUIDs", old.allowed_uids != new.allowed_uids),
+        ("runtimeService", old.runtime_service != new.runtime_service),
+        (
+            "limits.concurrentVerifications",
+            old.limits.concurrent_verifications != new.limits.concurrent_verifications,
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(field, changed)| changed.then_some(field))
+    .collect()
+}

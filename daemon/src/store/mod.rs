@@ -1,0 +1,319 @@
+//! The verdict store: a small memory tier in front of a sled tree.
+//!
+//! A verdict is keyed by everything that could change it ([`VerdictKey`]), so a changed rule,
+//! key or engine never meets an old verdict, and an unchanged one keeps its verdicts across a
+//! reload or a restart. Failures have no representation here.
+
+mod disk;
+mod entry;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use quick_cache::sync::Cache;
+
+pub use disk::Disk;
+pub use entry::{Stored, Verdict, VerdictKey};
+
+use crate::metrics::Metrics;
+
+/// Entries in the memory tier: more images than a node runs, a few MiB.
+const MEMORY_ENTRIES: usize = 4096;
+
+/// How long verdicts count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lifetimes {
+    /// An allow verdict stands this long.
+    pub positive: Duration,
+    /// A deny verdict stands this long.
+    pub negative: Duration,
+    /// Past `positive`, an allow verdict stands in for a failure this much longer.
+    pub stale_grace: Duration,
+}
+
+/// What the store knows about a key.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// A verdict within its lifetime, and the tier it came from.
+    Fresh(Arc<Stored>, &'static str),
+    /// An allow verdict past its lifetime but within the grace.
+    Stale(Arc<Stored>),
+    /// Nothing that counts.
+    Nothing,
+}
+
+/// The store; shared by all requests.
+pub struct VerdictStore {
+    memory: Cache<VerdictKey, Arc<Stored>>,
+    disk: Disk,
+    metrics: Arc<Metrics>,
+}
+
+impl VerdictStore {
+    /// Opens the store under `directory`. A corrupt or foreign store is set aside; when the
+    /// disk can't be used at all the memory tier works alone (see [`Disk::trouble`]).
+    pub fn open(directory: &Path, metrics: Arc<Metrics>) -> Self {
+        Self { memory: Cache::new(MEMORY_ENTRIES), disk: Disk::open(directory), metrics }
+    }
+
+    /// A store that forgets at exit, for one-shot commands.
+    pub fn in_memory(metrics: Arc<Metrics>) -> Self {
+        Self { memory: Cache::new(MEMORY_ENTRIES), disk: Disk::none(), metrics }
+    }
+
+    /// Looks `key` up.
+    pub fn find(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Found {
+        let (stored, tier) = match self.memory.get(key) {
+            Some(stored) => (Some(stored), "memory"),
+            None => (self.load(key), "disk"),
+        };
+        let found = stored.map_or(Found::Nothing, |stored| classify(stored, tier, lifetimes));
+        if tier == "disk" {
+            self.metrics.cache_request("memory", "miss");
+        }
+        self.metrics.cache_request(
+            tier,
+            match found {
+                Found::Fresh(..) => "hit",
+                Found::Stale(_) => "stale",
+                Found::Nothing => "miss",
+            },
+        );
+        found
+    }
+
+    fn load(&self, key: &VerdictKey) -> Option<Arc<Stored>> {
+        let stored = Arc::new(self.disk.get(key)?);
+        self.memory.insert(*key, Arc::clone(&stored));
+        Some(stored)
+    }
+
+    /// Remembers a verdict in memory, at once. [`Self::persist`] writes it out.
+    pub fn remember(&self, key: VerdictKey, stored: Stored) -> Arc<Stored> {
+        let stored = Arc::new(stored);
+        self.memory.insert(key, Arc::clone(&stored));
+        stored
+    }
+
+    /// Writes a verdict to disk; blocks for as long as the disk does. A disk that can't be
+    /// written is a metric and a warning, never a reason to refuse (notation-go CVE-2024-51491).
+    pub fn persist(&self, key: &VerdictKey, stored: &Stored) {
+        if let Err(error) = self.disk.put(key, stored) {
+            self.metrics.cache_write_errors.inc();
+            tracing::warn!(%error, "a verdict could not be written to disk; it is kept in memory");
+        }
+    }
+
+    /// Drops what no longer counts, and the oldest beyond `max_entries`.
+    pub fn sweep(&self, lifetimes: &Lifetimes, max_entries: usize) {
+        let dropped = self.disk.sweep(max_entries, |stored| {
+            matches!(classify(Arc::new(stored.clone()), "disk", lifetimes), Found::Nothing)
+        });
+        self.metrics.cache_evictions.with_label_values(&["disk", "expired"]).inc_by(dropped.expired);
+        self.metrics.cache_evictions.with_label_values(&["disk", "capacity"]).inc_by(dropped.surplus);
+        self.count_entries();
+    }
+
+    /// Updates the entry gauges.
+    pub fn count_entries(&self) {
+        let entries = &self.metrics.cache_entries;
+        entries.with_label_values(&["memory"]).set(self.memory.len() as i64);
+        entries.with_label_values(&["disk"]).set(self.disk.len() as i64);
+    }
+
+    /// Every verdict on disk (or in memory, where there is no disk), until `visit` says stop.
+    pub fn for_each(&self, mut visit: impl FnMut(VerdictKey, Stored) -> bool) {
+        if self.disk.is_open() {
+            return self.disk.for_each(visit);
+        }
+        for (key, stored) in self.memory.iter() {
+            if !visit(key, (*stored).clone()) {
+                return;
+            }
+        }
+    }
+
+    /// Forgets the verdicts that `doomed` picks; how many they were.
+    pub fn purge(&self, mut doomed: impl FnMut(&Stored) -> bool) -> usize {
+        let mut keys = Vec::new();
+        self.for_each(|key, stored| {
+            if doomed(&stored) {
+                keys.push(key);
+            }
+            true
+        });
+        for key in &keys {
+            self.memory.remove(key);
+            self.disk.remove(key);
+        }
+        self.count_entries();
+        keys.len()
+    }
+
+    /// Verdicts in memory and on disk, and bytes on disk.
+    pub fn size(&self) -> (usize, usize, u64) {
+        (self.memory.len(), self.disk.len(), self.disk.bytes())
+    }
+
+    /// Why verdicts are not kept on disk, if they are not.
+    pub fn trouble(&self) -> Option<String> {
+        self.disk.trouble()
+    }
+
+    /// Writes everything out.
+    pub fn flush(&self) {
+        self.disk.flush();
+    }
+}
+
+fn classify(stored: Arc<Stored>, tier: &'static str, lifetimes: &Lifetimes) -> Found {
+    // A clock that was set back makes a verdict look new; it counts from its own time on.
+    let age = SystemTime::now().duration_since(stored.judged_at()).unwrap_or_default();
+    let lifetime = if stored.is_allow() { lifetimes.positive } else { lifetimes.negative };
+    match stored.is_allow() {
+        _ if age < lifetime => Found::Fresh(stored, tier),
+        true if age < lifetime.saturating_add(lifetimes.stale_grace) => Found::Stale(stored),
+        _ => Found::Nothing,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verdict::DenyReason;
+
+    const LIFETIMES: Lifetimes = Lifetimes {
+        positive: Duration::from_secs(100),
+        negative: Duration::from_secs(10),
+        stale_grace: Duration::from_secs(50),
+    };
+
+    fn key(n: u8) -> VerdictKey {
+        VerdictKey::from_bytes([n; 32])
+    }
+
+    fn aged(stored: Stored, seconds: u64) -> Stored {
+        stored.judged_before(Duration::from_secs(seconds))
+    }
+
+    fn open(directory: &Path) -> VerdictStore {
+        VerdictStore::open(directory, Arc::new(Metrics::new().unwrap()))
+    }
+
+    fn keep(store: &VerdictStore, key: VerdictKey, stored: Stored) {
+        store.persist(&key, &store.remember(key, stored));
+    }
+
+    fn allow() -> Stored {
+        Stored::example_allow("host/a", "sha256:00")
+    }
+
+    fn deny() -> Stored {
+        Stored::example_deny("host/a", "sha256:00", DenyReason::Unsigned)
+    }
+
+    #[test]
+    fn lifetimes_differ_and_only_an_allow_has_a_grace() {
+        let store = VerdictStore::in_memory(Arc::new(Metrics::new().unwrap()));
+        let cases = [
+            (allow(), 99, "fresh"),
+            (allow(), 101, "stale"),
+            (allow(), 151, "nothing"),
+            (deny(), 9, "fresh"),
+            (deny(), 11, "nothing"),
+        ];
+        for (n, (stored, age, expected)) in cases.into_iter().enumerate() {
+            keep(&store, key(n as u8), aged(stored, age));
+            let found = match store.find(&key(n as u8), &LIFETIMES) {
+                Found::Fresh(..) => "fresh",
+                Found::Stale(_) => "stale",
+                Found::Nothing => "nothing",
+            };
+            assert_eq!(found, expected, "case {n}");
+        }
+    }
+
+    #[test]
+    fn a_restart_forgets_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        keep(&store, key(1), allow());
+        store.flush();
+        drop(store);
+        let store = open(directory.path());
+        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Fresh(_, "disk")));
+        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Fresh(_, "memory")));
+    }
+
+    #[test]
+    fn a_corrupt_store_is_set_aside_and_a_new_one_works() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        for n in 0..100 {
+            keep(&store, key(n), allow());
+        }
+        store.flush();
+        drop(store);
+        for file in ["db", "conf"] {
+            let path = directory.path().join("verdicts").join(file);
+            let length = std::fs::metadata(&path).unwrap().len() as usize;
+            std::fs::write(&path, vec![0x5a; length]).unwrap();
+        }
+        let store = open(directory.path());
+        assert!(store.trouble().is_none());
+        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Nothing));
+        keep(&store, key(1), allow());
+        assert!(directory.path().join("verdicts.set-aside").exists());
+    }
+
+    #[test]
+    fn another_format_is_set_aside() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        keep(&store, key(1), allow());
+        drop(store);
+        Disk::write_format(directory.path(), b"0");
+        let store = open(directory.path());
+        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Nothing));
+    }
+
+    #[test]
+    fn the_sweep_drops_what_expired_and_then_the_oldest() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        keep(&store, key(0), aged(allow(), 151));
+        for n in 1..=10 {
+            keep(&store, key(n), aged(allow(), 100 - u64::from(n)));
+        }
+        store.sweep(&LIFETIMES, 4);
+        let mut left = Vec::new();
+        store.for_each(|key, _| {
+            left.push(key.as_bytes()[0]);
+            true
+        });
+        assert_eq!(left, [7, 8, 9, 10]);
+    }
+
+    #[test]
+    fn purge_forgets_in_both_tiers() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        keep(&store, key(1), allow());
+        keep(&store, key(2), Stored::example_allow("host/b", "sha256:00"));
+        assert_eq!(store.purge(|stored| stored.repository == "host/a"), 1);
+        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Nothing));
+        assert!(matches!(store.find(&key(2), &LIFETIMES), Found::Fresh(..)));
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_used_leaves_the_memory_tier() {
+        let directory = tempfile::tempdir().unwrap();
+        let blocked = directory.path().join("file");
+        std::fs::write(&blocked, b"not a directory").unwrap();
+        let store = open(&blocked);
+        assert!(store.trouble().is_some());
+        keep(&store, key(1), allow());
+        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Fresh(_, "memory")));
+    }
+}

@@ -1,0 +1,203 @@
+//! The key ring: from a key's URI to the key, at the price of at most one KMS request.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use super::TrustedKey;
+use super::kms::{GivenKey, Kms, RemoteVerifier};
+use super::pins::{Pin, PinnedKey, Pins};
+use super::uri::{KeyUri, KmsKey};
+use crate::engine::flight::Flights;
+use crate::metrics::Metrics;
+use crate::verdict::{DenyReason, FailureReason, Stop};
+
+type Answer = Result<Arc<TrustedKey>, Stop>;
+
+/// The keys in use; shared by all requests.
+pub struct KeyRing {
+    shelf: Arc<Shelf>,
+    flights: Flights<KeyUri, Answer>,
+}
+
+struct Shelf {
+    held: RwLock<HashMap<KeyUri, Held>>,
+    kms: Arc<Kms>,
+    pins: Pins,
+    alias_recheck: Duration,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Clone)]
+struct Held {
+    answer: Answer,
+    checked: Instant,
+}
+
+impl KeyRing {
+    /// An empty ring. Aliases are compared with KMS again after `alias_recheck`.
+    pub fn new(kms: Arc<Kms>, pins: Pins, alias_recheck: Duration, metrics: Arc<Metrics>) -> Self {
+        let shelf = Shelf { held: RwLock::default(), kms, pins, alias_recheck, metrics };
+        Self { shelf: Arc::new(shelf), flights: Flights::default() }
+    }
+
+    /// The key that `uri` names; with `remote`, one that KMS verifies with.
+    ///
+    /// # Errors
+    /// A failure when KMS can't be asked and has not been asked before; the denial
+    /// `untrusted-identity` when what is there is no usable key, or another one than was trusted.
+    pub async fn get(&self, uri: &KeyUri, remote: bool) -> Answer {
+        let key = self.local(uri).await?;
+        match uri {
+            KeyUri::Kms(place) if remote => {
+                let verifier = RemoteVerifier::new(Arc::clone(&self.shelf.kms), place.clone(), key.schemes());
+                Ok(Arc::new(TrustedKey::clone(&key).verified_by(verifier)))
+            }
+            _ => Ok(key),
+        }
+    }
+
+    async fn local(&self, uri: &KeyUri) -> Answer {
+        if let Some(held) = self.shelf.fresh(uri) {
+            self.shelf.metrics.cache_request("key", "hit");
+            return held;
+        }
+        self.shelf.metrics.cache_request("key", "miss");
+        let (mut ticket, _) = self.flights.join(uri.clone(), || {
+            let (shelf, uri) = (Arc::clone(&self.shelf), uri.clone());
+            async move { shelf.fetch(&uri).await }
+        });
+        let nothing =
+            || Err(FailureReason::KmsUnavailable.because("the look-up of the key ended early").into());
+        ticket.wait().await.unwrap_or_else(nothing)
+    }
+
+    /// Every pin.
+    pub fn pins(&self) -> Vec<Pin> {
+        self.shelf.pins.all()
+    }
+
+    /// Trusts the key that an alias points at now, instead of the one that was trusted.
+    ///
+    /// # Errors
+    /// A sentence, when there is no such conflict or the pin can't be written.
+    pub fn accept(&self, uri: &str) -> Result<Pin, String> {
+        let pin = self.shelf.pins.get(uri).ok_or_else(|| format!("no key is pinned for {uri}"))?;
+        let trusted = pin.conflict.ok_or_else(|| format!("{uri} points at the key that is trusted"))?;
+        let accepted = Pin { uri: pin.uri, trusted, conflict: None };
+        self.shelf.pins.put(&accepted).map_err(|e| format!("the pin can't be written: {e}"))?;
+        self.forget();
+        tracing::warn!(
+            message_id = crate::audit::KEY_ACCEPTED,
+            key = uri,
+            "an operator accepted a re-pointed key"
+        );
+        Ok(accepted)
+    }
+
+    /// Looks every key up anew at its next use (files may have changed).
+    pub fn forget(&self) {
+        self.shelf.held.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+impl Shelf {
+    fn fresh(&self, uri: &KeyUri) -> Option<Answer> {
+        let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
+        let found = held.get(uri)?;
+        let may_move = matches!(uri, KeyUri::Kms(key) if key.is_alias());
+        (!may_move || found.checked.elapsed() < self.alias_recheck).then(|| found.answer.clone())
+    }
+
+    async fn fetch(&self, uri: &KeyUri) -> Answer {
+        let answer = match uri {
+            KeyUri::Inline(text) => Ok(Arc::new(TrustedKey::from_pem(uri.label(), text)?)),
+            KeyUri::File(path) => match tokio::fs::read_to_string(path).await {
+                Ok(text) => Ok(Arc::new(TrustedKey::from_pem(uri.label(), &text)?)),
+                Err(error) => {
+                    return Err(DenyReason::UntrustedIdentity
+                        .because(format!("the key file {} can't be read: {}", path.display(), error.kind()))
+                        .into());
+                }
+            },
+            KeyUri::Kms(key) => self.from_kms(uri, key).await,
+        };
+        if !matches!(answer, Err(Stop::Failed(_))) {
+            let held = Held { answer: answer.clone(), checked: Instant::now() };
+            self.held.write().unwrap_or_else(PoisonError::into_inner).insert(uri.clone(), held);
+        }
+        answer
+    }
+
+    async fn from_kms(&self, uri: &KeyUri, key: &KmsKey) -> Answer {
+        let label = uri.label();
+        let pin = self.pins.get(&label);
+        match pin {
+            // A key id can't be re-pointed: the pin is all that is ever needed.
+            Some(pin) if !key.is_alias() && pin.conflict.is_none() => self.trust(&pin),
+            Some(pin) => match self.kms.public_key(key).await {
+                Ok(given) => self.compare(pin, given),
+                Err(failure) => {
+                    tracing::warn!(
+                        key = label,
+                        reason = failure.reason.code(),
+                        found = failure.found,
+                        "an alias can't be compared with KMS; the pinned key stands"
+                    );
+                    self.trust(&pin)
+                }
+            },
+            None => {
+                let given = self.kms.public_key(key).await?;
+                let trusted = PinnedKey::new(given.key_id, &given.spki);
+                let pin = Pin { uri: label, trusted, conflict: None };
+                // A key that can't be used must not be pinned.
+                let answer = self.trust(&pin)?;
+                self.write(&pin);
+                Ok(answer)
+            }
+        }
+    }
+
+    fn compare(&self, mut pin: Pin, given: GivenKey) -> Answer {
+        let now = PinnedKey::new(given.key_id, &given.spki);
+        let conflict = (now.sha256 != pin.trusted.sha256).then_some(now);
+        if conflict != pin.conflict {
+            if let Some(other) = &conflict {
+                tracing::error!(
+                    message_id = crate::audit::KEY_CONFLICT,
+                    key = pin.uri,
+                    trusted = pin.trusted.sha256,
+                    found = other.sha256,
+                    "an alias points at another key than the one that is trusted; its images are denied",
+                );
+            }
+            pin.conflict = conflict;
+            self.write(&pin);
+        }
+        self.trust(&pin)
+    }
+
+    fn trust(&self, pin: &Pin) -> Answer {
+        if let Some(other) = &pin.conflict {
+            let found = format!(
+                "{} now points at another key (SHA-256 {}) than the trusted one (SHA-256 {})",
+                pin.uri, other.sha256, pin.trusted.sha256
+            );
+            return Err(DenyReason::UntrustedIdentity.because(found).into());
+        }
+        let spki = pin
+            .trusted
+            .spki()
+            .ok_or_else(|| DenyReason::UntrustedIdentity.because("the key's pin is damaged"))?;
+        Ok(Arc::new(TrustedKey::from_spki(pin.uri.clone(), spki)?))
+    }
+
+    fn write(&self, pin: &Pin) {
+        if let Err(error) = self.pins.put(pin) {
+            tracing::warn!(key = pin.uri, %error, "a key pin can't be written; KMS is asked again after a restart");
+        }
+        let conflicts = self.pins.all().iter().filter(|pin| pin.conflict.is_some()).count();
+        self.metrics.key_conflicts.set(conflicts as i64);
+    }
+}
