@@ -51,7 +51,12 @@ impl Registry {
         } else {
             (Proxy::start(direct).await?, None)
         };
-        Ok(Self { host: proxy.address().to_string(), proxy, process, options, ca })
+        let host = proxy.address().to_string();
+        let registry = Self { host, proxy, process, options, ca };
+        if let Some(page) = options.referrers {
+            registry.proxy.serve_referrers(registry.oci(), page);
+        }
+        Ok(registry)
     }
 
     /// What stands before the first slash of its images' names: `127.0.0.1:PORT`, the proxy's.

