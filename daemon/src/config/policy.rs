@@ -87,7 +87,7 @@ impl PrefixIndex {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     use globset::GlobMatcher;
 
@@ -196,18 +196,30 @@ mod tests {
     /// The bar is 20 µs in a release build; tests are built without optimisation.
     #[test]
     fn ten_thousand_rules_are_searched_at_once() {
-        let forms = ["quay.io/team-{}/app", "quay.io/team-{}/**", "**/team-{}/app", "quay.io/team-{}/*:v*"];
-        let globs: Vec<String> = (0..10_000).map(|n| forms[n % 4].replace("{}", &n.to_string())).collect();
+        let forms =
+            ["quay.io/team-{}/app", "quay.io/team-{}/**", "quay.io/team-{}/*", "quay.io/team-{}/*:v*"];
+        let mut globs: Vec<String> = (0..9_900).map(|n| forms[n % 4].replace("{}", &n.to_string())).collect();
+        globs.extend((0..50).map(|n| format!("**/team-{n}/app")));
+        globs.extend((0..50).map(|n| format!("quay.io/*/app-{n}:v*")));
         let policy = policy(&globs);
-        let reference = Reference::parse("quay.io/team-9999/app:v1").unwrap();
-        policy.find(&reference);
-        let start = Instant::now();
-        for _ in 0..100 {
-            assert_eq!(policy.find(&reference).map(|rule| rule.line), Some(10_000));
+        let mut slowest = Duration::ZERO;
+        for (image, line) in [
+            ("quay.io/team-0/app", Some(1)),
+            ("quay.io/team-9899/app:v1", Some(9_900)),
+            ("host/team-49/app", Some(9_950)),
+            ("quay.io/x/app-49:v1", Some(10_000)),
+            ("quay.io/nobody/nothing", None),
+        ] {
+            let reference = Reference::parse(image).unwrap();
+            policy.find(&reference);
+            let start = Instant::now();
+            for _ in 0..100 {
+                assert_eq!(policy.find(&reference).map(|rule| rule.line), line, "{image}");
+            }
+            println!("{image}: {:?} each", start.elapsed() / 100);
+            slowest = slowest.max(start.elapsed() / 100);
         }
-        let each = start.elapsed() / 100;
-        println!("{each:?} each");
-        let unoptimised = if cfg!(debug_assertions) { 100 } else { 1 };
-        assert!(each.as_micros() < 20 * unoptimised, "{each:?}");
+        let bar = Duration::from_micros(if cfg!(debug_assertions) { 2000 } else { 20 });
+        assert!(slowest < bar, "{slowest:?}");
     }
 }
