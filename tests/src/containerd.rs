@@ -16,6 +16,9 @@ use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+/// Where a world keeps its containerd.
+pub const FOLDER: &str = "c";
+
 /// The sandbox image, imported from a file: a world never pulls it.
 const PAUSE: &str = "pullgate.test/pause:1";
 
@@ -286,7 +289,7 @@ fn config(folder: &Path, version: Version, discard_layers: bool) -> Result<Strin
 /// Ends and unmounts all that a dead test's world left: `folder` is the world's.
 pub(crate) fn remove_leftovers(folder: &Path) {
     let cgroup = folder.file_name().unwrap_or_default().to_string_lossy();
-    remove_leftovers_of(folder, &cgroup);
+    remove_leftovers_of(&folder.join(FOLDER), &cgroup);
 }
 
 fn remove_leftovers_of(folder: &Path, cgroup: &str) {

@@ -12,6 +12,7 @@ pub mod image;
 pub mod moto;
 pub mod oci;
 pub mod parts;
+pub mod policy;
 pub mod process;
 pub mod proxy;
 pub mod pullgate;

@@ -633,3 +633,18 @@ fn wildcard(pattern: &str, text: &str) -> bool {
         .filter(|at| text.is_char_boundary(*at))
         .any(|at| wildcard(rest, text.get(at..).unwrap_or("")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::wildcard;
+
+    #[test]
+    fn wildcards_are_anchored() {
+        assert!(wildcard("/v2/*/manifests/sha256-*.sig", "/v2/a/b/manifests/sha256-00.sig"));
+        assert!(wildcard("*", ""));
+        assert!(wildcard("/v2/a", "/v2/a"));
+        assert!(!wildcard("/v2/a", "/v2/ab"));
+        assert!(!wildcard("/v2/*.sig", "/v2/a.sig.att"));
+        assert!(!wildcard("v2/*", "/v2/a"));
+    }
+}

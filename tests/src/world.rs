@@ -50,7 +50,7 @@ impl World {
     pub async fn with(options: WorldOptions) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "the end-to-end world needs root");
         let temp = Temp::new()?;
-        let (at_c, at_r) = (temp.path().join("c"), temp.path().join("r"));
+        let (at_c, at_r) = (temp.path().join(crate::containerd::FOLDER), temp.path().join("r"));
         let (containerd, registry) = tokio::try_join!(
             Containerd::start(&at_c, temp.name(), options.containerd, options.discard_layers),
             Registry::start(&at_r, options.registry),
