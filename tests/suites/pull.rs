@@ -25,6 +25,7 @@ impl Gated {
     async fn signed(&self, name: &str) -> Result<Pushed> {
         let image = Image::new(name).cmd("echo from a signed image").push(&self.world.registry).await?;
         self.world.cosign().await?.sign(&self.key.cosign_uri(), &image.by_digest()).await?;
+        self.world.registry.proxy.forget();
         Ok(image)
     }
 

@@ -32,6 +32,7 @@ async fn main() -> Result<()> {
     let cosign = world.cosign().await?;
     let signed = Image::new("signed").cmd("echo hello from a proved image").push(&world.registry).await?;
     cosign.sign(&key.cosign_uri(), &signed.by_digest()).await?;
+    world.registry.proxy.forget();
     pulls(&pullgate, &signed).await?;
     let printed = pullgate.cri().run_container(&signed.by_tag()).await?;
     told("crictl run", printed.trim());
