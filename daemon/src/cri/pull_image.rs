@@ -10,13 +10,13 @@ use hyper::body::Incoming;
 use prost::Message;
 use tonic::Status;
 
-use super::messages::{PullImageRequest, PullImageResponse};
+use super::messages::{AuthConfig, PullImageRequest, PullImageResponse};
 use super::{refusal, router, wire};
 use crate::audit::{Context, Method};
 use crate::delegate::body::{self, Body, Unary};
 use crate::engine::Ask;
 use crate::engine::judgement::{Outcome, Permit};
-use crate::evidence::registry::Credentials;
+use crate::evidence::registry::{self, Credentials};
 use crate::gate::Gate;
 
 /// How long a pull waits for the CRI plugin to notice the tag that was recorded for it.
@@ -57,10 +57,21 @@ fn question(gate: &Gate, head: &Parts, asked: PullImageRequest) -> (Ask, Context
     let ask = Ask {
         image: spec.image,
         present: None,
-        credentials: asked.auth.map(Credentials::from_auth_config).unwrap_or_else(Credentials::none),
+        credentials: asked.auth.map_or_else(Credentials::none, credentials),
         patience: patience(&head.headers, gate.engine.active().config.deadline),
     };
     (ask, context)
+}
+
+fn credentials(auth: AuthConfig) -> Credentials {
+    Credentials::from_auth_config(registry::AuthConfig {
+        username: auth.username,
+        password: auth.password,
+        auth: auth.auth,
+        server_address: auth.server_address,
+        identity_token: auth.identity_token,
+        registry_token: auth.registry_token,
+    })
 }
 
 /// The configured deadline, or a little less than the caller's own where that is shorter: so it

@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use crate::config::{Config, DefaultAction, Loaded, SignedBy, Strategy};
 use crate::digest::Digest;
-use crate::evidence::registry::{Access, Credentials, FetchError, Registry, Settings};
+use crate::evidence::registry::{Access, Credentials, EcrSettings, FetchError, Registry, Settings};
 use crate::metrics::Metrics;
 use crate::reference::{Pointer, Reference};
 use crate::store::{Found, Lifetimes, Stored, Verdict, VerdictKey, VerdictStore};
@@ -64,7 +64,7 @@ impl Active {
         let kept = old.filter(|old| Self::same_dependencies(&old.config, &config));
         let registry = kept.map(|old| Arc::clone(&old.registry));
         let registry =
-            registry.unwrap_or_else(|| Arc::new(Registry::new(Settings::from(&config), Arc::clone(metrics))));
+            registry.unwrap_or_else(|| Arc::new(Registry::new(registry_settings(&config), Arc::clone(metrics))));
         let keys = kept.map(|old| Arc::clone(&old.keys));
         let keys = keys.unwrap_or_else(|| {
             let kms = Kms::new(config.aws.clone(), Arc::clone(metrics));
@@ -82,11 +82,23 @@ impl Active {
     }
 }
 
+fn registry_settings(config: &Config) -> Settings {
+    let url = |endpoint: &Option<url::Url>| endpoint.as_ref().map(url::Url::to_string);
+    let regions = config.aws.regions.iter();
+    let regions = regions.filter_map(|(region, own)| Some((region.clone(), url(&own.ecr_endpoint)?))).collect();
+    Settings {
+        certs_d: config.containerd.registry_config_path.clone(),
+        docker_configs: config.registry.docker_configs.clone(),
+        requests_per_second: config.limits.registry_requests_per_second,
+        ecr: EcrSettings { region: config.aws.region.clone(), endpoint: url(&config.aws.ecr_endpoint), regions },
+    }
+}
+
 /// The engine; shared by all doors.
 pub struct Engine {
     active: ArcSwap<Active>,
     store: Arc<VerdictStore>,
-    flights: Flights<(VerdictKey, u64), Result<Arc<Stored>, Failure>>,
+    flights: Flights<(VerdictKey, Credentials), Result<Arc<Stored>, Failure>>,
     at_once: Arc<Semaphore>,
     metrics: Arc<Metrics>,
 }
@@ -201,7 +213,7 @@ impl Engine {
         key: VerdictKey,
         patience: tokio::time::Instant,
     ) -> Result<Arc<Stored>, Failure> {
-        let whose = verification.access().credentials.fingerprint();
+        let whose = verification.access().credentials.clone();
         let (mut ticket, joined) = self.flights.join((key, whose), || {
             let (store, at_once, metrics) = (self.store.clone(), self.at_once.clone(), self.metrics.clone());
             async move {
