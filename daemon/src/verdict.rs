@@ -174,3 +174,18 @@ impl From<Failure> for Stop {
         Self::Failed(failure)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_is_documented() {
+        let documented = include_str!("../../docs/reason-codes.md");
+        let codes = AllowReason::ALL.iter().map(|r| r.code());
+        let codes = codes.chain(DenyReason::ALL.iter().map(|r| r.code()));
+        for code in codes.chain(FailureReason::ALL.iter().map(|r| r.code())) {
+            assert!(documented.contains(&format!("\n| `{code}` |")), "{code}");
+        }
+    }
+}

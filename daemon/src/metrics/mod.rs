@@ -246,6 +246,10 @@ mod tests {
         metrics.decisions.with_label_values(&["allow", "signed", "ci"]).inc();
         let text = String::from_utf8(metrics.text().unwrap()).unwrap();
         assert!(text.contains("pullgate_registry_requests_total{operation=\"manifest\",outcome=\"ok\"} 1"));
+        let documented = include_str!("../../../docs/metrics.md");
+        for name in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()) {
+            assert!(documented.contains(&format!("\n| `{name}` |")), "{name}");
+        }
         assert!(text.lines().filter(|l| !l.starts_with('#')).all(|l| l.starts_with("pullgate_")), "{text}");
     }
 }
