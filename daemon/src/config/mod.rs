@@ -163,6 +163,8 @@ pub struct Aws {
     pub regions: BTreeMap<String, RegionEndpoints>,
     /// Regions with replicas of multi-Region keys, in the order to try them. Default: none.
     pub replica_regions: Vec<String>,
+    /// An alias is compared with KMS again after this long. Default: 5 min.
+    pub alias_recheck: Duration,
 }
 
 /// Endpoints of one Region.

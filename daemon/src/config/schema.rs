@@ -204,6 +204,13 @@ pub static AWS: &[Field] = &[
         "Regions that hold replicas of multi-Region keys, in the order to try them.",
     ),
     field("regions", Kind::Named(REGION), "", "Endpoints for single Regions, by Region."),
+    field(
+        "aliasRecheck",
+        Kind::Duration,
+        "5m",
+        "How long until a key's alias is compared with KMS again; 0s compares at every use.",
+    )
+    .within("0s", "24h"),
 ];
 
 /// `aws.regions.REGION`.

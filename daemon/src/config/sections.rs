@@ -163,6 +163,7 @@ fn aws(section: &Section<'_>) -> Aws {
         ecr_endpoint,
         regions,
         replica_regions: section.list("replicaRegions", |node| region(reader::text(node)?)),
+        alias_recheck: section.duration("aliasRecheck"),
     }
 }
 

@@ -131,6 +131,7 @@ fn what_is_left_out_has_its_default() {
         ecr_endpoint: None,
         regions: BTreeMap::new(),
         replica_regions: vec![],
+        alias_recheck: Duration::from_secs(300),
     };
     assert_eq!(aws, nothing);
     assert_eq!(default, DefaultAction::Deny);
@@ -142,7 +143,7 @@ fn what_is_written_is_taken() {
     let config = good(&format!(
         "metrics: {{listen: 'unix:///run/pullgate/metrics.sock'}}\nruntimeService: passThrough\nallowedUIDs: [0, 1000]\n\
          containerd: {{imageEndpoint: /run/soci/soci.sock}}\n\
-         aws:\n  region: us-east-1\n  kmsEndpoint: https://kms.example.com\n  replicaRegions: [us-west-2]\n  \
+         aws:\n  region: us-east-1\n  kmsEndpoint: https://kms.example.com\n  replicaRegions: [us-west-2]\n  aliasRecheck: 90s\n  \
          regions: {{us-west-2: {{kmsEndpoint: 'http://127.0.0.1:4566'}}}}\ncache:\n{RULES}"
     ));
     assert_eq!(config.warnings, []);
@@ -152,6 +153,7 @@ fn what_is_written_is_taken() {
     assert_eq!(config.allowed_uids, [0, 1000]);
     assert_eq!(config.containerd.image_endpoint, Path::new("/run/soci/soci.sock"));
     assert_eq!(config.aws.replica_regions, ["us-west-2"]);
+    assert_eq!(config.aws.alias_recheck, Duration::from_secs(90));
     let local = config.aws.regions["us-west-2"].kms_endpoint.as_ref().unwrap();
     assert_eq!(local.as_str(), "http://127.0.0.1:4566/");
     assert_eq!(good(&format!("metrics: {{listen: off}}\n{RULES}")).config.metrics, MetricsListen::Off);

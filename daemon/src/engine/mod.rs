@@ -28,9 +28,6 @@ use verification::Verification;
 /// A verification that outlived its callers is given up after this long.
 const LONGEST_VERIFICATION: Duration = Duration::from_secs(60);
 
-/// An alias is compared with KMS again after this long.
-const ALIAS_RECHECK: Duration = Duration::from_secs(300);
-
 /// One question.
 #[derive(Clone, Debug)]
 pub struct Ask {
@@ -63,12 +60,12 @@ impl Active {
         let Loaded { config, fingerprint, .. } = loaded;
         let kept = old.filter(|old| Self::same_dependencies(&old.config, &config));
         let registry = kept.map(|old| Arc::clone(&old.registry));
-        let registry =
-            registry.unwrap_or_else(|| Arc::new(Registry::new(registry_settings(&config), Arc::clone(metrics))));
+        let registry = registry
+            .unwrap_or_else(|| Arc::new(Registry::new(registry_settings(&config), Arc::clone(metrics))));
         let keys = kept.map(|old| Arc::clone(&old.keys));
         let keys = keys.unwrap_or_else(|| {
             let kms = Kms::new(config.aws.clone(), Arc::clone(metrics));
-            Arc::new(KeyRing::new(Arc::new(kms), pins, ALIAS_RECHECK, Arc::clone(metrics)))
+            Arc::new(KeyRing::new(Arc::new(kms), pins, config.aws.alias_recheck, Arc::clone(metrics)))
         });
         keys.forget();
         Self { config, fingerprint: fingerprint.hex().chars().take(16).collect(), registry, keys }
@@ -85,12 +82,17 @@ impl Active {
 fn registry_settings(config: &Config) -> Settings {
     let url = |endpoint: &Option<url::Url>| endpoint.as_ref().map(url::Url::to_string);
     let regions = config.aws.regions.iter();
-    let regions = regions.filter_map(|(region, own)| Some((region.clone(), url(&own.ecr_endpoint)?))).collect();
+    let regions =
+        regions.filter_map(|(region, own)| Some((region.clone(), url(&own.ecr_endpoint)?))).collect();
     Settings {
         certs_d: config.containerd.registry_config_path.clone(),
         docker_configs: config.registry.docker_configs.clone(),
         requests_per_second: config.limits.registry_requests_per_second,
-        ecr: EcrSettings { region: config.aws.region.clone(), endpoint: url(&config.aws.ecr_endpoint), regions },
+        ecr: EcrSettings {
+            region: config.aws.region.clone(),
+            endpoint: url(&config.aws.ecr_endpoint),
+            regions,
+        },
     }
 }
 
