@@ -25,24 +25,31 @@ pub async fn answer(gate: &Gate, request: Request<Incoming>) -> Response<Body> {
 
 async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>, Status> {
     let (head, incoming) = request.into_parts();
-    let call = Unary::read(incoming).await?.ok_or_else(|| Status::internal("a call without a message"))?;
-    let asked = ImageStatusRequest::decode(call.message.clone())
+    let message = Unary::request(incoming).await?;
+    let asked = ImageStatusRequest::decode(message.clone())
         .map_err(|error| Status::internal(format!("grpc: error unmarshalling request: {error}")))?;
     let spec = asked.image.unwrap_or_default();
     let patience = pull_image::patience(&head.headers, gate.engine.active().config.image_status_deadline);
-    let response = gate.next_hop.send(Request::from_parts(head, call.into_body())).await?;
+    let response = gate.next_hop.send(Request::from_parts(head, body::message(&message))).await?;
     let (head, incoming) = response.into_parts();
-    let Some(answer) = Unary::read(incoming).await? else {
-        return Ok(Response::from_parts(head, body::empty()));
-    };
-    let status = ImageStatusResponse::decode(answer.message.clone())
+    let answer = Unary::read(incoming).await?;
+    let status = ImageStatusResponse::decode(answer.message.clone().unwrap_or_default())
         .map_err(|error| Status::internal(format!("the next hop's answer can't be read: {error}")))?;
     let Some(image) = status.image else { return Ok(Response::from_parts(head, answer.into_body())) };
     let question =
         Question { gate, asked: &spec.image, image: &image, patience, handler: &spec.runtime_handler };
-    let answer = match question.is_allowed().await? {
+    let allowed = question.is_allowed().await.unwrap_or_else(|status| {
+        // What can't be looked up is not proved: the pull that follows finds out.
+        tracing::warn!(
+            image = spec.image,
+            error = status.message(),
+            "containerd's record of a present image can't be read"
+        );
+        false
+    });
+    let answer = match allowed {
         true => answer,
-        false => Unary { message: ImageStatusResponse::default().encode_to_vec().into(), ..answer },
+        false => Unary { message: Some(ImageStatusResponse::default().encode_to_vec().into()), ..answer },
     };
     Ok(Response::from_parts(head, answer.into_body()))
 }

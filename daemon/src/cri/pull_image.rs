@@ -29,8 +29,8 @@ pub async fn answer(gate: &Gate, request: Request<Incoming>) -> Response<Body> {
 
 async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>, Status> {
     let (head, incoming) = request.into_parts();
-    let call = Unary::read(incoming).await?.ok_or_else(|| Status::internal("a call without a message"))?;
-    let asked = PullImageRequest::decode(call.message.clone())
+    let message = Unary::request(incoming).await?;
+    let asked = PullImageRequest::decode(message.clone())
         .map_err(|error| Status::internal(format!("grpc: error unmarshalling request: {error}")))?;
     let (ask, context) = question(gate, &head, asked);
     let judgement = gate.judge(&ask, &context).await;
@@ -38,7 +38,7 @@ async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>
         return Err(refused);
     }
     match judgement.outcome {
-        Outcome::Allowed(_, permit) => pull(gate, head, call.message, &permit).await,
+        Outcome::Allowed(_, permit) => pull(gate, head, message, &permit).await,
         // `refusal::status` has answered these.
         Outcome::Denied(_) | Outcome::Failed(_) => Err(Status::internal("a refusal without a text")),
     }
@@ -113,9 +113,7 @@ async fn pull(
     let started = Instant::now();
     let response = gate.next_hop.send(Request::from_parts(head, body::message(&message))).await?;
     let (head, incoming) = response.into_parts();
-    let Some(answer) = Unary::read(incoming).await? else {
-        return Ok(Response::from_parts(head, body::empty()));
-    };
+    let answer = Unary::read(incoming).await?;
     gate.metrics.delegate.with_label_values(&["PullImage"]).observe(started.elapsed().as_secs_f64());
     if let (Some(tag), Some(pinned)) = (permit.tag_to_record(), permit.pinned())
         && let Err(status) = record_tag(gate, &tag, &pinned, &answer).await
@@ -128,7 +126,8 @@ async fn pull(
 
 /// Makes the tag's record, and waits until the CRI plugin shows it for the pulled image.
 async fn record_tag(gate: &Gate, tag: &str, pinned: &str, answer: &Unary) -> Result<(), Status> {
-    let pulled = PullImageResponse::decode(answer.message.clone()).unwrap_or_default().image_ref;
+    let pulled =
+        PullImageResponse::decode(answer.message.clone().unwrap_or_default()).unwrap_or_default().image_ref;
     if pulled.is_empty() {
         return Ok(());
     }

@@ -70,13 +70,17 @@ impl NextHop {
             .map_err(|error| Status::internal(error.to_string()))?;
         let (head, incoming) = self.send(request).await?.into_parts();
         let answer = Unary::read(incoming).await?;
-        let trailers = answer.as_ref().and_then(|answer| answer.trailers.as_ref());
-        match trailers.and_then(Status::from_header_map).or_else(|| Status::from_header_map(&head.headers)) {
+        match answer
+            .trailers
+            .as_ref()
+            .and_then(Status::from_header_map)
+            .or_else(|| Status::from_header_map(&head.headers))
+        {
             Some(status) if status.code() != Code::Ok => return Err(status),
             _ => {}
         }
-        let message = answer.map(|answer| answer.message).unwrap_or_default();
-        let status = ImageStatusResponse::decode(message).map_err(|e| Status::internal(e.to_string()))?;
+        let status = ImageStatusResponse::decode(answer.message.unwrap_or_default())
+            .map_err(|e| Status::internal(e.to_string()))?;
         Ok(status.image.map(|image| image.id))
     }
 

@@ -1,11 +1,12 @@
 //! The disk tier: one sled tree of verdicts.
 //!
 //! sled reports some damage as errors and some as panics; both are caught here, and a store
-//! that can't be read is set aside so that a new one is begun.
+//! that can't be read is set aside so that a new one is begun. A sled that failed once (a full
+//! disk) fails for ever: only [`Disk::reopen`] makes it work again.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use super::entry::{Stored, VerdictKey};
 
@@ -17,13 +18,23 @@ const PAGE_CACHE: u64 = 8 << 20;
 
 /// The disk tier, which may be missing.
 pub struct Disk {
-    open: Option<Open>,
-    trouble: Mutex<Option<String>>,
+    /// The store's folder; `None` when there shall be no disk tier.
+    path: Option<PathBuf>,
+    open: RwLock<Option<Open>>,
+    trouble: Mutex<Option<Trouble>>,
 }
 
 struct Open {
     database: sled::Db,
     verdicts: sled::Tree,
+}
+
+/// What is wrong with the disk tier.
+#[derive(Debug)]
+struct Trouble {
+    text: String,
+    /// The files are damaged, and not only out of reach: they are to be set aside.
+    is_damage: bool,
 }
 
 /// How many entries a sweep dropped.
@@ -39,55 +50,59 @@ impl Disk {
     /// Opens, or begins, the store in `directory/verdicts`.
     pub fn open(directory: &Path) -> Self {
         let path = directory.join("verdicts");
-        let opened = open(&path).or_else(|error| {
-            // A lock held by a pullgate that is still draining, or no permission, is no damage.
-            if !error.is_damage {
-                return Err(error);
+        let (open, trouble) = match open_or_begin(&path, false) {
+            Ok(open) => (Some(open), None),
+            Err(trouble) => {
+                tracing::error!(error = %trouble.text, "verdicts are kept in memory only for now");
+                (None, Some(trouble))
             }
-            let aside = set_aside(&path)?;
-            tracing::error!(
-                message_id = crate::audit::STORE_SET_ASIDE,
-                store = %path.display(),
-                aside = %aside.display(),
-                error = %error.text,
-                "the verdict store could not be read; it was set aside and a new one begun",
-            );
-            open(&path)
-        });
-        match opened {
-            Ok(open) => Self { open: Some(open), trouble: Mutex::new(None) },
-            Err(error) => {
-                tracing::error!(error = %error.text, "verdicts are kept in memory only");
-                Self { open: None, trouble: Mutex::new(Some(error.text)) }
-            }
-        }
+        };
+        Self { path: Some(path), open: RwLock::new(open), trouble: Mutex::new(trouble) }
     }
 
     /// No disk at all.
     pub fn none() -> Self {
-        Self { open: None, trouble: Mutex::new(None) }
+        Self { path: None, open: RwLock::new(None), trouble: Mutex::new(None) }
+    }
+
+    /// Closes what is open and opens it anew; says whether it works again. Blocks for as long as
+    /// calls under way do.
+    pub fn reopen(&self) -> bool {
+        let Some(path) = &self.path else { return true };
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        // sled writes out what it can when it is dropped, and holds the lock until then.
+        let _ = guarded(|| {
+            drop(open.take());
+            Ok(())
+        });
+        let is_damage = self.noted().as_ref().is_some_and(|trouble| trouble.is_damage);
+        let opened = open_or_begin(path, is_damage);
+        let mut noted = self.noted();
+        match opened {
+            Ok(new) => {
+                *open = Some(new);
+                *noted = None;
+            }
+            Err(trouble) => *noted = Some(trouble),
+        }
+        noted.is_none()
     }
 
     /// Whether there is a disk tier.
     pub fn is_open(&self) -> bool {
-        self.open.is_some()
+        self.opened().is_some()
     }
 
     /// What is wrong with the disk tier, if anything.
     pub fn trouble(&self) -> Option<String> {
-        self.trouble.lock().map_or(None, |t| t.clone())
+        self.noted().as_ref().map(|trouble| trouble.text.clone())
     }
 
-    /// Reads one entry; what can't be read is not there.
+    /// Reads one entry; what can't be read is not there. Never waits for a [`Self::reopen`].
     pub fn get(&self, key: &VerdictKey) -> Option<Stored> {
-        let open = self.open.as_ref()?;
-        match guarded(|| open.verdicts.get(key.as_bytes())) {
-            Ok(value) => decode(&value?),
-            Err(error) => {
-                self.note(&error);
-                None
-            }
-        }
+        let open = self.open.try_read().ok()?;
+        let value = self.told(guarded(|| open.as_ref().map(|open| open.verdicts.get(key.as_bytes())).transpose()));
+        decode(&value.ok()???)
     }
 
     /// Writes one entry.
@@ -95,32 +110,27 @@ impl Disk {
     /// # Errors
     /// A sentence, when the disk is full or damaged.
     pub fn put(&self, key: &VerdictKey, stored: &Stored) -> Result<(), String> {
-        let Some(open) = &self.open else { return Ok(()) };
+        let open = self.opened();
+        let Some(open) = &*open else { return self.trouble().map_or(Ok(()), Err) };
         let value = serde_json::to_vec(stored).map_err(|e| e.to_string())?;
-        let written = guarded(|| {
+        self.told(guarded(|| {
             open.verdicts.insert(key.as_bytes(), value)?;
             open.verdicts.flush().map(drop)
-        });
-        match &written {
-            Ok(()) => self.clear_note(),
-            Err(error) => self.note(error),
-        }
-        written
+        }))
     }
 
     /// Removes one entry.
     pub fn remove(&self, key: &VerdictKey) {
-        if let Some(open) = &self.open
-            && let Err(error) = guarded(|| open.verdicts.remove(key.as_bytes()))
-        {
-            self.note(&error);
+        if let Some(open) = &*self.opened() {
+            let _ = self.told(guarded(|| open.verdicts.remove(key.as_bytes())));
         }
     }
 
     /// Visits every readable entry until `visit` says stop.
     pub fn for_each(&self, mut visit: impl FnMut(VerdictKey, Stored) -> bool) {
-        let Some(open) = &self.open else { return };
-        let visited = guarded(|| {
+        let open = self.opened();
+        let Some(open) = &*open else { return };
+        let _ = self.told(guarded(|| {
             for item in &open.verdicts {
                 let (key, value) = item?;
                 if let (Ok(key), Some(stored)) = (<[u8; 32]>::try_from(key.as_ref()), decode(&value))
@@ -130,10 +140,7 @@ impl Disk {
                 }
             }
             Ok(())
-        });
-        if let Err(error) = visited {
-            self.note(&error);
-        }
+        }));
     }
 
     /// Drops the entries that `expired` picks, then the oldest beyond `max_entries`.
@@ -161,33 +168,38 @@ impl Disk {
 
     /// Entries.
     pub fn len(&self) -> usize {
-        self.open.as_ref().map_or(0, |open| guarded(|| Ok(open.verdicts.len())).unwrap_or(0))
+        self.opened().as_ref().map_or(0, |open| guarded(|| Ok(open.verdicts.len())).unwrap_or(0))
     }
 
     /// Bytes on disk.
     pub fn bytes(&self) -> u64 {
-        self.open.as_ref().map_or(0, |open| guarded(|| open.database.size_on_disk()).unwrap_or(0))
+        self.opened().as_ref().map_or(0, |open| guarded(|| open.database.size_on_disk()).unwrap_or(0))
     }
 
     /// Writes everything out.
     pub fn flush(&self) {
-        if let Some(open) = &self.open
-            && let Err(error) = guarded(|| open.database.flush())
-        {
-            self.note(&error);
+        if let Some(open) = &*self.opened() {
+            let _ = self.told(guarded(|| open.database.flush()));
         }
     }
 
-    fn note(&self, error: &str) {
-        if let Ok(mut trouble) = self.trouble.lock() {
-            *trouble = Some(error.to_owned());
-        }
+    /// Notes what went wrong.
+    fn told<T>(&self, result: Result<T, Trouble>) -> Result<T, String> {
+        result.map_err(|trouble| {
+            let text = trouble.text.clone();
+            *self.noted() = Some(trouble);
+            text
+        })
     }
 
-    fn clear_note(&self) {
-        if let Ok(mut trouble) = self.trouble.lock() {
-            *trouble = None;
-        }
+    // Both locks guard single assignments, so they are whole even after a panic.
+
+    fn opened(&self) -> RwLockReadGuard<'_, Option<Open>> {
+        self.open.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn noted(&self) -> MutexGuard<'_, Option<Trouble>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(test)]
@@ -198,12 +210,28 @@ impl Disk {
     }
 }
 
-struct OpenError {
-    text: String,
-    is_damage: bool,
+/// Opens the store at `path`; a damaged one is set aside and a new one begun.
+fn open_or_begin(path: &Path, is_damaged: bool) -> Result<Open, Trouble> {
+    let damage = match is_damaged {
+        true => Trouble { text: "it could not be read while it was in use".into(), is_damage: true },
+        false => match open(path) {
+            // A lock held by a pullgate that is still draining, or no permission, is no damage.
+            Err(trouble) if trouble.is_damage => trouble,
+            other => return other,
+        },
+    };
+    let aside = set_aside(path)?;
+    tracing::error!(
+        message_id = crate::audit::STORE_SET_ASIDE,
+        store = %path.display(),
+        aside = %aside.display(),
+        error = %damage.text,
+        "the verdict store could not be read; it was set aside and a new one begun",
+    );
+    open(path)
 }
 
-fn open(path: &Path) -> Result<Open, OpenError> {
+fn open(path: &Path) -> Result<Open, Trouble> {
     let config = sled::Config::new()
         .path(path)
         .cache_capacity(PAGE_CACHE)
@@ -221,18 +249,18 @@ fn open(path: &Path) -> Result<Open, OpenError> {
     }));
     match opened {
         Ok(Ok((true, open))) => Ok(open),
-        Ok(Ok((false, _))) => Err(OpenError { text: "it has another format".into(), is_damage: true }),
-        Ok(Err(error)) => Err(OpenError {
+        Ok(Ok((false, _))) => Err(Trouble { text: "it has another format".into(), is_damage: true }),
+        Ok(Err(error)) => Err(Trouble {
             is_damage: !matches!(&error, sled::Error::Io(io) if io.kind() != std::io::ErrorKind::UnexpectedEof
                 && io.kind() != std::io::ErrorKind::InvalidData),
             text: error.to_string(),
         }),
-        Err(_) => Err(OpenError { text: "sled panicked on it".into(), is_damage: true }),
+        Err(_) => Err(Trouble { text: "sled panicked on it".into(), is_damage: true }),
     }
 }
 
 /// Moves the store to `<path>.set-aside`, in place of an earlier one.
-fn set_aside(path: &Path) -> Result<PathBuf, OpenError> {
+fn set_aside(path: &Path) -> Result<PathBuf, Trouble> {
     let aside = path.with_extension("set-aside");
     let moved = match std::fs::remove_dir_all(&aside) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
@@ -240,7 +268,7 @@ fn set_aside(path: &Path) -> Result<PathBuf, OpenError> {
     };
     match moved {
         Ok(()) => Ok(aside),
-        Err(error) => Err(OpenError { text: format!("{}: {error}", path.display()), is_damage: false }),
+        Err(error) => Err(Trouble { text: format!("{}: {error}", path.display()), is_damage: false }),
     }
 }
 
@@ -249,9 +277,15 @@ fn decode(value: &[u8]) -> Option<Stored> {
     serde_json::from_slice(value).ok()
 }
 
-fn guarded<T>(work: impl FnOnce() -> sled::Result<T>) -> Result<T, String> {
+fn guarded<T>(work: impl FnOnce() -> sled::Result<T>) -> Result<T, Trouble> {
     match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => result.map_err(|e| e.to_string()),
-        Err(_) => Err("sled panicked".into()),
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(Trouble {
+            is_damage: matches!(error, sled::Error::Corruption { .. } | sled::Error::ReportableBug(_)),
+            text: error.to_string(),
+        }),
+        // A full disk can make it panic, too: whether the files are damaged shows when they are
+        // opened again.
+        Err(_) => Err(Trouble { text: "sled panicked".into(), is_damage: false }),
     }
 }

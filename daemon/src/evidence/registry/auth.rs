@@ -18,7 +18,7 @@ use url::{Url, form_urlencoded};
 
 use super::client::{Answer, Ask, Body, Client, Operation};
 use super::credentials::{Login, Secret, sensitive};
-use super::fault::{origin, unavailable};
+use super::fault::{place, unavailable};
 use super::hosts::Endpoint;
 use crate::reference::Repository;
 use crate::verdict::{Failure, FailureReason};
@@ -160,9 +160,9 @@ impl Who<'_> {
     }
 
     /// That this login was refused.
-    pub(super) fn refused(&self, origin: &str, status: StatusCode) -> Failure {
+    pub(super) fn refused(&self, answer: &Answer) -> Failure {
         let (repository, registry) = (self.repository.to_string(), self.repository.registry());
-        self.login.refused(origin, &repository, registry, status.as_u16())
+        self.login.refused(&answer.place(), &repository, registry, answer.status.as_u16())
     }
 }
 
@@ -232,7 +232,7 @@ impl Bearer {
         };
         match answer.status.as_u16() {
             200..300 => {}
-            400 | 401 | 403 => return Err(who.refused(&answer.origin, answer.status)),
+            400 | 401 | 403 => return Err(who.refused(&answer)),
             status => {
                 return Err(unavailable(&realm, &format!("answers {status} where a token was asked for")));
             }
@@ -247,9 +247,9 @@ impl Bearer {
         let url = url.filter(|url| url.scheme() == "https" || (is_clear && url.scheme() == "http"));
         let url = url.filter(|url| url.username().is_empty() && url.password().is_none());
         url.ok_or_else(|| {
-            let origin = origin(&endpoint.base);
+            let place = place(&endpoint.base);
             FailureReason::RegistryAuth
-                .because(format!("{origin} names a token service that is not at an https URL"))
+                .because(format!("{place} names a token service that is not at an https URL"))
         })
     }
 
@@ -382,7 +382,7 @@ mod tests {
                 status: StatusCode::OK,
                 headers: HeaderMap::new(),
                 body: Body::Whole(body.to_owned().into()),
-                origin: String::new(),
+                url: Url::parse("https://t/").unwrap(),
                 is_redirected: false,
             })
         };

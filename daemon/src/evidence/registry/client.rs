@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use url::Url;
 
 use super::budget::Budget;
-use super::fault::{Fault, origin, unavailable};
+use super::fault::{Fault, place, unavailable};
 use super::tls::{Pools, Tls};
 use crate::breaker::Breaker;
 use crate::metrics::Metrics;
@@ -75,16 +75,22 @@ pub(super) struct Ask<'a> {
     pub(super) tries: usize,
 }
 
-/// What came back: any status but 429, 5xx and redirects.
-#[derive(Debug)]
+/// What came back: any status but 429, 5xx and redirects. No `Debug`: see `url`.
 pub(super) struct Answer {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Body,
-    /// Who answered: `https://host:port`.
-    pub(super) origin: String,
+    /// What answered. Not to be shown: a redirect's query holds a signature.
+    pub(super) url: Url,
     /// Another than was asked.
     pub(super) is_redirected: bool,
+}
+
+impl Answer {
+    /// Who answered: `host:port`.
+    pub(super) fn place(&self) -> String {
+        place(&self.url)
+    }
 }
 
 /// A body under the cap, or the knowledge that it is over it.
@@ -152,7 +158,7 @@ impl Client {
             if !is_redirect(answer.status) || ask.form.is_some() {
                 return Ok(answer);
             }
-            if answer.origin.starts_with("https:") && ask.url.set_scheme("https").is_err() {
+            if answer.url.scheme() == "https" && ask.url.set_scheme("https").is_err() {
                 return Ok(answer);
             }
             let target = target(&ask.url, &answer.headers).map_err(Fault::lasting)?;
@@ -169,7 +175,7 @@ impl Client {
     /// containerd's `NewHTTPFallback`: a host configured for http, with TLS settings, is tried
     /// with https; what it speaks is remembered.
     async fn https_then_http(&self, ask: &Ask<'_>) -> Result<Answer, Fault> {
-        let key = origin(&ask.url);
+        let key = ask.url.origin().ascii_serialization();
         let mut tls = ask.clone();
         if tls.url.set_scheme("https").is_err() {
             return self.exchange(ask).await;
@@ -263,12 +269,12 @@ impl Client {
             Body::Whole(Bytes::new())
         };
         let headers = std::mem::take(response.headers_mut());
-        Ok(Answer { status, headers, body, origin: origin(&ask.url), is_redirected: false })
+        Ok(Answer { status, headers, body, url: ask.url.clone(), is_redirected: false })
     }
 
     fn breaker(&self, url: &Url) -> Arc<Breaker> {
         let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = origin(url);
+        let key = url.origin().ascii_serialization();
         if let Some(breaker) = breakers.get(&key) {
             return breaker.clone();
         }
@@ -361,7 +367,7 @@ mod tests {
             ["http://cdn.example.com/x", "ftp://cdn/x", "file:///etc/shadow", "https://", "data:,x"]
         {
             let failure = target(&from, &headers(location)).unwrap_err();
-            assert!(failure.found.starts_with("https://registry.example.com redirects"), "{failure:?}");
+            assert!(failure.found.starts_with("registry.example.com redirects"), "{failure:?}");
         }
         assert!(target(&from, &HeaderMap::new()).is_err());
     }

@@ -156,7 +156,7 @@ impl Login {
     }
 
     /// That this login may not read the repository, and what to do about it.
-    pub(super) fn refused(&self, origin: &str, repository: &str, registry: &str, status: u16) -> Failure {
+    pub(super) fn refused(&self, place: &str, repository: &str, registry: &str, status: u16) -> Failure {
         let (whom, remedy) = match &self.source {
             Source::Nowhere => (
                 "anonymous readers".to_owned(),
@@ -179,7 +179,7 @@ impl Login {
             }
         };
         FailureReason::RegistryAuth
-            .because(format!("{origin} does not let {whom} read {repository} ({status}): {remedy}"))
+            .because(format!("{place} does not let {whom} read {repository} ({status}): {remedy}"))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Why one request failed, in words that are the same for the same cause.
 //!
-//! The texts are made of fixed phrases and the origin (`https://host:port`). Nothing of an
+//! The texts are made of fixed phrases and the host (`host:port`). Nothing of an
 //! error's own text is repeated: those hold URLs with tokens, times and ephemeral ports.
 
 use std::error::Error;
@@ -68,7 +68,7 @@ impl Fault {
     /// 429 and 5xx.
     pub(super) fn status(url: &Url, status: StatusCode, after: Option<Duration>) -> Self {
         let failure = if status == StatusCode::TOO_MANY_REQUESTS {
-            FailureReason::RegistryThrottled.because(format!("{} asks to slow down (429)", origin(url)))
+            FailureReason::RegistryThrottled.because(format!("{} asks to slow down (429)", place(url)))
         } else {
             unavailable(url, &format!("answers with the error {}", status.as_u16()))
         };
@@ -76,14 +76,16 @@ impl Fault {
     }
 }
 
-/// Scheme, host and port: all of a URL that may be shown.
-pub(super) fn origin(url: &Url) -> String {
-    url.origin().ascii_serialization()
+/// Host and port: all of a URL that may be shown. Not the scheme: a host that is tried with
+/// https before http would have two texts for one cause.
+pub(super) fn place(url: &Url) -> String {
+    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+    format!("{}{port}", url.host_str().unwrap_or_default())
 }
 
-/// `registry-unavailable`: `<origin> <phrase>`.
+/// `registry-unavailable`: `<place> <phrase>`.
 pub(super) fn unavailable(url: &Url, phrase: &str) -> Failure {
-    FailureReason::RegistryUnavailable.because(format!("{} {phrase}", origin(url)))
+    FailureReason::RegistryUnavailable.because(format!("{} {phrase}", place(url)))
 }
 
 fn connect_phrase(kind: Option<io::ErrorKind>) -> &'static str {

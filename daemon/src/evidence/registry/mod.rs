@@ -202,10 +202,11 @@ impl Registry {
         let content_type = answer.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let media_type = content_type.and_then(|value| value.split(';').next()).unwrap_or_default();
         let media_type = media_type.trim().to_owned();
+        let place = answer.place();
         let bytes = whole(answer.body, limit, &name)?;
         let digest = match at {
             Pointer::Tag(_) => Digest::sha256(&bytes),
-            Pointer::Digest(digest) => checked(digest, &bytes, &answer.origin, &name)?,
+            Pointer::Digest(digest) => checked(digest, &bytes, &place, &name)?,
         };
         Ok(Manifest { digest, media_type, bytes })
     }
@@ -231,9 +232,10 @@ impl Registry {
         let (operation, method, accept) = (Operation::Blob, Method::GET, "*/*");
         let want = Want { operation, method, path, accept, by_tag: false, limit: size, repository, access };
         let answer = self.fetch(&want, &name).await?;
+        let place = answer.place();
         match answer.body {
             Body::Whole(bytes) if bytes.len() as u64 == size => {
-                checked(digest, &bytes, &answer.origin, &name)?;
+                checked(digest, &bytes, &place, &name)?;
                 Ok(bytes)
             }
             _ => {
@@ -300,11 +302,11 @@ impl Registry {
             StatusCode::NOT_FOUND => Ok(answer),
             StatusCode::METHOD_NOT_ALLOWED if want.method == Method::HEAD => Ok(answer),
             // What a redirect led to knows nothing of these credentials.
-            status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) if !answer.is_redirected => {
-                Err(who.refused(&answer.origin, status))
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if !answer.is_redirected => {
+                Err(who.refused(&answer))
             }
             status => {
-                let found = format!("{} answers with the error {}", answer.origin, status.as_u16());
+                let found = format!("{} answers with the error {}", answer.place(), status.as_u16());
                 Err(FailureReason::RegistryUnavailable.because(found))
             }
         }
@@ -333,16 +335,11 @@ impl Registry {
     }
 }
 
-fn checked(
-    digest: &Digest,
-    bytes: &[u8],
-    origin: &str,
-    name: &impl Fn() -> String,
-) -> Result<Digest, Denial> {
+fn checked(digest: &Digest, bytes: &[u8], place: &str, name: &impl Fn() -> String) -> Result<Digest, Denial> {
     if digest.matches(bytes) {
         return Ok(digest.clone());
     }
-    Err(DenyReason::MalformedEvidence.because(format!("{origin} serves other bytes than {}", name())))
+    Err(DenyReason::MalformedEvidence.because(format!("{place} serves other bytes than {}", name())))
 }
 
 fn whole(body: Body, limit: u64, name: &impl Fn() -> String) -> Result<Bytes, Denial> {

@@ -175,7 +175,7 @@ async fn absence_is_told_only_when_every_host_says_so() {
     for toml in [two(&absent, &broken), two(&broken, &absent)] {
         let world = World::new().hosts("r.example.com", &toml);
         let failure = failed(world.resolve("r.example.com/a:v1").await);
-        assert_eq!(failure.found, format!("{} answers with the error 503", broken.url()));
+        assert_eq!(failure.found, format!("{} answers with the error 503", broken.address));
     }
 }
 
@@ -227,9 +227,9 @@ async fn a_passing_error_is_tried_again_and_a_lasting_one_three_times() {
         _ => good(seen),
     })
     .await;
-    World::new().manifest(&by_digest(&server)).await.unwrap_err();
     let world = World::new().hosts("r.example.com", &format!("server = '{}'", server.url()));
     world.manifest("r.example.com/a:v1").await.unwrap();
+    assert_eq!(server.seen().len(), TRIES);
     let broken = Server::new(|_| Reply::code(500)).await;
     let world = World::new().hosts("r.example.com", &format!("server = '{}'", broken.url()));
     failed(world.manifest("r.example.com/a:v1").await);
@@ -253,7 +253,7 @@ async fn too_many_requests_is_throttled_and_retry_after_is_honoured() {
     let world = World::new().hosts("r.example.com", &format!("server = '{}'", busy.url()));
     let failure = failed(world.manifest("r.example.com/a:v1").await);
     assert_eq!(failure.reason, FailureReason::RegistryThrottled);
-    assert_eq!(failure.found, format!("{} asks to slow down (429)", busy.url()));
+    assert_eq!(failure.found, format!("{} asks to slow down (429)", busy.address));
     assert_eq!(busy.seen().len(), 1);
 }
 
@@ -271,14 +271,25 @@ async fn transport_faults_are_unavailable_with_one_text_for_one_cause() {
         for _ in 0..4 {
             let failure = failed(world.manifest("r.example.com/a:v1").await);
             assert_eq!(failure.reason, FailureReason::RegistryUnavailable);
-            assert_eq!(failure.found, format!("{} {phrase}", server.url()));
+            assert_eq!(failure.found, format!("{} {phrase}", server.address));
         }
     }
     let world = World::new();
     let failure = failed(world.manifest("127.0.0.1:1/a:v1").await);
-    assert_eq!(failure.found, "https://127.0.0.1:1 can't be reached: connection refused");
+    assert_eq!(failure.found, "127.0.0.1:1 can't be reached: connection refused");
     let failure = failed(world.manifest("no-such-host.invalid/a:v1").await);
-    assert_eq!(failure.found, "https://no-such-host.invalid can't be reached: no such host name is known");
+    assert_eq!(failure.found, "no-such-host.invalid can't be reached: no such host name is known");
+}
+
+#[tokio::test]
+async fn the_text_is_the_same_whether_https_was_tried_or_not() {
+    let server = Server::new(good).await;
+    let (world, image) = (World::new(), by_digest(&server));
+    world.manifest(&image).await.unwrap();
+    drop(server);
+    let known = failed(world.manifest(&image).await);
+    let unknown = failed(World::new().manifest(&image).await);
+    assert_eq!(known, unknown);
 }
 
 #[tokio::test]
@@ -287,7 +298,7 @@ async fn a_silent_registry_is_left_after_ten_seconds() {
     let world = World::new().hosts("r.example.com", &format!("server = '{}'", server.url()));
     let start = Instant::now();
     let failure = failed(world.manifest("r.example.com/a:v1").await);
-    assert_eq!(failure.found, format!("{} gives no complete answer within 10 s", server.url()));
+    assert_eq!(failure.found, format!("{} gives no complete answer within 10 s", server.address));
     assert!(start.elapsed() < Duration::from_secs(12));
 }
 
@@ -417,8 +428,7 @@ async fn refused_credentials_are_registry_auth_with_a_remedy_and_no_secret() {
         format!(
             "{} does not let the credentials of the pull read {}/team/app (401): check the Pod's \
              imagePullSecret or the kubelet's credential provider",
-            server.url(),
-            server.address
+            server.address, server.address
         )
     );
     let failure = failed(World::new().manifest(&by_digest(&server)).await);
@@ -455,7 +465,10 @@ async fn a_realm_in_the_clear_is_refused_by_a_registry_over_tls() {
     let world = pki.trusted(World::new().credentials(), &server);
     let failure = failed(world.manifest("r.example.com/a:v1").await);
     assert_eq!(failure.reason, FailureReason::RegistryAuth);
-    assert_eq!(failure.found, format!("{} names a token service that is not at an https URL", server.url()));
+    assert_eq!(
+        failure.found,
+        format!("{} names a token service that is not at an https URL", server.address)
+    );
 }
 
 #[tokio::test]
@@ -479,13 +492,18 @@ async fn a_redirect_elsewhere_gets_neither_credentials_nor_headers_ratify_cve_20
 
 #[tokio::test]
 async fn a_challenge_of_a_redirect_s_target_is_not_met() {
-    let greedy = Server::new(|_| Reply::code(401).header("www-authenticate", "Basic realm=\"give\"")).await;
-    let target = format!("{}/x?sig=s1gnature", greedy.url());
-    let server = Server::new(move |_| Reply::code(302).header("location", target.clone())).await;
-    let world = World::new().credentials().hosts("r.example.com", &format!("server = '{}'", server.url()));
-    let failure = failed(world.blob("r.example.com", BYTES, 1).await);
-    assert_eq!(failure.found, format!("{} answers with the error 401", greedy.url()));
-    assert!(greedy.seen().iter().all(|seen| seen.header("authorization").is_none()));
+    let thief = Server::new(issue("t0ken")).await;
+    for challenge in ["Basic realm=\"give\"".to_owned(), format!("Bearer realm=\"{}/give\"", thief.url())] {
+        let greedy =
+            Server::new(move |_| Reply::code(401).header("www-authenticate", challenge.clone())).await;
+        let target = format!("{}/x?sig=s1gnature", greedy.url());
+        let server = Server::new(move |_| Reply::code(302).header("location", target.clone())).await;
+        let toml = format!("server = '{}'", server.url());
+        let world = World::new().credentials().hosts("r.example.com", &toml);
+        let failure = failed(world.blob("r.example.com", BYTES, 1).await);
+        assert_eq!(failure.found, format!("{} answers with the error 401", greedy.address));
+        assert_eq!((server.seen().len(), greedy.seen().len(), thief.seen().len()), (1, 1, 0));
+    }
 }
 
 #[tokio::test]
@@ -501,7 +519,7 @@ async fn redirects_within_a_host_keep_the_credentials_and_end_after_five() {
     let looping = Server::new(|_| Reply::code(302).header("location", "/again")).await;
     let world = World::new().hosts("r.example.com", &format!("server = '{}'", looping.url()));
     let failure = failed(world.blob("r.example.com", BYTES, 1).await);
-    assert_eq!(failure.found, format!("{} redirects without end", looping.url()));
+    assert_eq!(failure.found, format!("{} redirects without end", looping.address));
     assert_eq!(looping.seen().len(), 6);
 }
 
@@ -630,7 +648,7 @@ async fn a_certificate_for_another_name_is_refused() {
     let pki = Pki::new();
     let server = Server::tls(pki.server_named("other.example.com"), good).await;
     let failure = failed(pki.trusted(World::new(), &server).manifest("r.example.com/a:v1").await);
-    assert_eq!(failure.found, format!("{} shows a TLS certificate for another name", server.url()));
+    assert_eq!(failure.found, format!("{} shows a TLS certificate for another name", server.address));
 }
 
 #[tokio::test]
@@ -671,7 +689,7 @@ async fn a_registry_over_tls_can_t_redirect_to_http() {
     let server =
         Server::tls(pki.server(), move |_| Reply::code(307).header("location", target.clone())).await;
     let failure = failed(pki.trusted(World::new(), &server).manifest("r.example.com/a:v1").await);
-    assert_eq!(failure.found, format!("{} redirects from https to a less secure place", server.url()));
+    assert_eq!(failure.found, format!("{} redirects from https to a less secure place", server.address));
     assert!(plain.seen().is_empty());
 }
 
@@ -684,4 +702,13 @@ async fn no_text_for_a_person_holds_a_secret() {
     for secret in ["hunter2", "dXNlcjpodW50ZXIy", "t0ken", "account="] {
         assert!(!shown.contains(secret), "{shown}");
     }
+}
+
+#[test]
+fn work_may_go_on_in_a_task_of_its_own() {
+    fn is_send(_: impl Send) {}
+    let world = World::new();
+    is_send(world.resolve("r.example.com/a:v1"));
+    is_send(world.manifest("r.example.com/a:v1"));
+    is_send(world.blob("r.example.com", BYTES, 1));
 }
