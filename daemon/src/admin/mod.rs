@@ -9,12 +9,13 @@ use bytes::Bytes;
 use globset::GlobBuilder;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::gate::Gate;
 use crate::metrics::server::next_hop_answers;
 use crate::reload::Reloader;
 use crate::store::{Stored, Verdict, VerdictKey};
+use crate::verdict::AllowReason;
 use crate::verify::key::KeyUri;
 
 /// Answers admin requests.
@@ -104,7 +105,7 @@ impl Admin {
         });
         let matching = found.len();
         found.sort_unstable_by_key(|(key, stored)| (std::cmp::Reverse(stored.judged_at_unix), *key));
-        let entries: Vec<Value> = found.iter().take(limit).map(|(key, stored)| brief(key, stored)).collect();
+        let entries: Vec<_> = found.iter().take(limit).map(|(key, stored)| brief(key, stored)).collect();
         Ok(json!({ "matching": matching, "entries": entries }))
     }
 
@@ -121,8 +122,8 @@ impl Admin {
         let (key, stored) =
             found.ok_or((StatusCode::NOT_FOUND, format!("no verdict has a key that begins {start}")))?;
         let mut entry = brief(&key, &stored);
-        entry["verdict"] = json!(stored.verdict);
-        Ok(entry)
+        entry.insert("verdict".into(), json!(stored.verdict));
+        Ok(Value::Object(entry))
     }
 
     fn purge(&self, query: &HashMap<String, String>) -> Answer {
@@ -147,20 +148,20 @@ impl Admin {
     }
 }
 
-fn brief(key: &VerdictKey, stored: &Stored) -> Value {
+fn brief(key: &VerdictKey, stored: &Stored) -> Map<String, Value> {
     let (decision, reason) = match &stored.verdict {
-        Verdict::Allow(_) => ("allow", "signed"),
+        Verdict::Allow(_) => ("allow", AllowReason::Signed.code()),
         Verdict::Deny(denial) => ("deny", denial.reason.code()),
     };
     let age = SystemTime::now().duration_since(stored.judged_at()).unwrap_or_default();
-    json!({
-        "key": hex::encode(key.as_bytes()),
-        "repository": stored.repository,
-        "digest": stored.digest,
-        "decision": decision,
-        "reason": reason,
-        "ageSeconds": age.as_secs(),
-    })
+    Map::from_iter([
+        ("key".into(), hex::encode(key.as_bytes()).into()),
+        ("repository".into(), stored.repository.as_str().into()),
+        ("digest".into(), stored.digest.as_str().into()),
+        ("decision".into(), decision.into()),
+        ("reason".into(), reason.into()),
+        ("ageSeconds".into(), age.as_secs().into()),
+    ])
 }
 
 fn filter(query: &HashMap<String, String>) -> Result<impl Fn(&Stored) -> bool + use<>, (StatusCode, String)> {

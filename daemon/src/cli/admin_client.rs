@@ -45,14 +45,13 @@ impl AdminArgs {
         })?;
         match ok {
             true => Ok(answer),
-            false => {
-                Err((DENIED_BY_DAEMON, answer["error"].as_str().unwrap_or("the daemon refused").to_owned()))
-            }
+            false => Err((
+                super::DENIED,
+                answer.get("error").and_then(Value::as_str).unwrap_or("the daemon refused").to_owned(),
+            )),
         }
     }
 }
-
-const DENIED_BY_DAEMON: u8 = super::DENIED;
 
 async fn request(socket: &Path, method: Method, path: &str) -> Result<(bool, Value), String> {
     let stream = UnixStream::connect(socket).await.map_err(|e| e.to_string())?;

@@ -89,7 +89,7 @@ pub async fn run(command: Command) -> Ended {
             show(&admin, &entry);
         }
         Command::Purge { admin, filter, all } => {
-            if all == !filter.query().is_empty() {
+            if all != filter.query().is_empty() {
                 return Err((USAGE, "say which verdicts: --image, --digest, --decision, or --all".into()));
             }
             let purged = admin.ask(Method::DELETE, &format!("/cache?all={all}{}", filter.query())).await?;
