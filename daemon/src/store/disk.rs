@@ -101,7 +101,8 @@ impl Disk {
     /// Reads one entry; what can't be read is not there. Never waits for a [`Self::reopen`].
     pub fn get(&self, key: &VerdictKey) -> Option<Stored> {
         let open = self.open.try_read().ok()?;
-        let value = self.told(guarded(|| open.as_ref().map(|open| open.verdicts.get(key.as_bytes())).transpose()));
+        let value =
+            self.told(guarded(|| open.as_ref().map(|open| open.verdicts.get(key.as_bytes())).transpose()));
         decode(&value.ok()???)
     }
 

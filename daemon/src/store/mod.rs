@@ -8,7 +8,8 @@ mod disk;
 mod entry;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
@@ -20,6 +21,8 @@ use crate::metrics::Metrics;
 
 /// Entries in the memory tier: more images than a node runs, a few MiB.
 const MEMORY_ENTRIES: usize = 4096;
+/// A disk tier that failed is tried again after this long, until it works.
+const MEND_PAUSE: Duration = Duration::from_secs(5);
 
 /// How long verdicts count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,26 +48,54 @@ pub enum Found {
 
 /// The store; shared by all requests.
 pub struct VerdictStore {
-    memory: Cache<VerdictKey, Arc<Stored>>,
-    disk: Disk,
+    tiers: Arc<Tiers>,
     metrics: Arc<Metrics>,
 }
 
+struct Tiers {
+    memory: Cache<VerdictKey, Arc<Stored>>,
+    disk: Disk,
+    /// Whether somebody is at it already.
+    mending: AtomicBool,
+}
+
 impl VerdictStore {
-    /// Opens the store under `directory`. A corrupt or foreign store is set aside; when the
-    /// disk can't be used at all the memory tier works alone (see [`Disk::trouble`]).
+    /// Opens the store under `directory`. A corrupt or foreign store is set aside; while the
+    /// disk can't be used the memory tier works alone (see [`Self::trouble`]).
     pub fn open(directory: &Path, metrics: Arc<Metrics>) -> Self {
-        Self { memory: Cache::new(MEMORY_ENTRIES), disk: Disk::open(directory), metrics }
+        let store = Self::on(Disk::open(directory), metrics);
+        store.mend();
+        store
     }
 
     /// A store that forgets at exit, for one-shot commands.
     pub fn in_memory(metrics: Arc<Metrics>) -> Self {
-        Self { memory: Cache::new(MEMORY_ENTRIES), disk: Disk::none(), metrics }
+        Self::on(Disk::none(), metrics)
+    }
+
+    fn on(disk: Disk, metrics: Arc<Metrics>) -> Self {
+        let memory = Cache::new(MEMORY_ENTRIES);
+        Self { tiers: Arc::new(Tiers { memory, disk, mending: AtomicBool::new(false) }), metrics }
+    }
+
+    /// Sees to it that a disk tier in trouble is tried again until it works: a full disk is
+    /// cleaned up some day, and a pullgate that is still draining lets go of its lock.
+    fn mend(&self) {
+        let tiers = &self.tiers;
+        if tiers.disk.trouble().is_none() || tiers.mending.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let patient = Arc::downgrade(tiers);
+        let started = std::thread::Builder::new().name("mend-store".into()).spawn(|| mend(patient));
+        if let Err(error) = started {
+            tiers.mending.store(false, Ordering::Release);
+            tracing::warn!(%error, "the disk tier can't be mended just now");
+        }
     }
 
     /// Looks `key` up.
     pub fn find(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Found {
-        let (stored, tier) = match self.memory.get(key) {
+        let (stored, tier) = match self.tiers.memory.get(key) {
             Some(stored) => (Some(stored), "memory"),
             None => (self.load(key), "disk"),
         };
@@ -84,30 +115,35 @@ impl VerdictStore {
     }
 
     fn load(&self, key: &VerdictKey) -> Option<Arc<Stored>> {
-        let stored = Arc::new(self.disk.get(key)?);
-        self.memory.insert(*key, Arc::clone(&stored));
+        let Some(stored) = self.tiers.disk.get(key) else {
+            self.mend();
+            return None;
+        };
+        let stored = Arc::new(stored);
+        self.tiers.memory.insert(*key, Arc::clone(&stored));
         Some(stored)
     }
 
     /// Remembers a verdict in memory, at once. [`Self::persist`] writes it out.
     pub fn remember(&self, key: VerdictKey, stored: Stored) -> Arc<Stored> {
         let stored = Arc::new(stored);
-        self.memory.insert(key, Arc::clone(&stored));
+        self.tiers.memory.insert(key, Arc::clone(&stored));
         stored
     }
 
     /// Writes a verdict to disk; blocks for as long as the disk does. A disk that can't be
     /// written is a metric and a warning, never a reason to refuse (notation-go CVE-2024-51491).
     pub fn persist(&self, key: &VerdictKey, stored: &Stored) {
-        if let Err(error) = self.disk.put(key, stored) {
+        if let Err(error) = self.tiers.disk.put(key, stored) {
             self.metrics.cache_write_errors.inc();
             tracing::warn!(%error, "a verdict could not be written to disk; it is kept in memory");
+            self.mend();
         }
     }
 
     /// Drops what no longer counts, and the oldest beyond `max_entries`.
     pub fn sweep(&self, lifetimes: &Lifetimes, max_entries: usize) {
-        let dropped = self.disk.sweep(max_entries, |stored| {
+        let dropped = self.tiers.disk.sweep(max_entries, |stored| {
             matches!(classify(Arc::new(stored.clone()), "disk", lifetimes), Found::Nothing)
         });
         self.metrics.cache_evictions.with_label_values(&["disk", "expired"]).inc_by(dropped.expired);
@@ -118,16 +154,16 @@ impl VerdictStore {
     /// Updates the entry gauges.
     pub fn count_entries(&self) {
         let entries = &self.metrics.cache_entries;
-        entries.with_label_values(&["memory"]).set(self.memory.len() as i64);
-        entries.with_label_values(&["disk"]).set(self.disk.len() as i64);
+        entries.with_label_values(&["memory"]).set(self.tiers.memory.len() as i64);
+        entries.with_label_values(&["disk"]).set(self.tiers.disk.len() as i64);
     }
 
     /// Every verdict on disk (or in memory, where there is no disk), until `visit` says stop.
     pub fn for_each(&self, mut visit: impl FnMut(VerdictKey, Stored) -> bool) {
-        if self.disk.is_open() {
-            return self.disk.for_each(visit);
+        if self.tiers.disk.is_open() {
+            return self.tiers.disk.for_each(visit);
         }
-        for (key, stored) in self.memory.iter() {
+        for (key, stored) in self.tiers.memory.iter() {
             if !visit(key, (*stored).clone()) {
                 return;
             }
@@ -144,8 +180,8 @@ impl VerdictStore {
             true
         });
         for key in &keys {
-            self.memory.remove(key);
-            self.disk.remove(key);
+            self.tiers.memory.remove(key);
+            self.tiers.disk.remove(key);
         }
         self.count_entries();
         keys.len()
@@ -153,17 +189,34 @@ impl VerdictStore {
 
     /// Verdicts in memory and on disk, and bytes on disk.
     pub fn size(&self) -> (usize, usize, u64) {
-        (self.memory.len(), self.disk.len(), self.disk.bytes())
+        (self.tiers.memory.len(), self.tiers.disk.len(), self.tiers.disk.bytes())
     }
 
     /// Why verdicts are not kept on disk, if they are not.
     pub fn trouble(&self) -> Option<String> {
-        self.disk.trouble()
+        self.tiers.disk.trouble()
     }
 
     /// Writes everything out.
     pub fn flush(&self) {
-        self.disk.flush();
+        self.tiers.disk.flush();
+    }
+}
+
+/// Tries again and again until the disk tier works, and writes out what memory holds meanwhile.
+fn mend(patient: Weak<Tiers>) {
+    loop {
+        std::thread::sleep(MEND_PAUSE);
+        let Some(tiers) = patient.upgrade() else { return };
+        if !tiers.disk.reopen() {
+            continue;
+        }
+        let written = tiers.memory.iter().try_for_each(|(key, stored)| tiers.disk.put(&key, &stored));
+        if written.is_ok() {
+            tracing::info!("verdicts are kept on disk again");
+            tiers.mending.store(false, Ordering::Release);
+            return;
+        }
     }
 }
 
@@ -315,5 +368,28 @@ mod tests {
         assert!(store.trouble().is_some());
         keep(&store, key(1), allow());
         assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Fresh(_, "memory")));
+    }
+
+    /// An upgrade: the old process still drains when the new one starts.
+    #[test]
+    fn a_store_that_another_holds_is_opened_once_it_lets_go() {
+        let directory = tempfile::tempdir().unwrap();
+        let old = open(directory.path());
+        keep(&old, key(1), allow());
+        let new = open(directory.path());
+        assert!(new.trouble().is_some_and(|trouble| trouble.contains("lock")), "{:?}", new.trouble());
+        assert!(!directory.path().join("verdicts.set-aside").exists());
+        keep(&new, key(2), allow());
+        drop(old);
+        // What the mender does, without its pause.
+        assert!(new.tiers.disk.reopen());
+        for (key, stored) in new.tiers.memory.iter() {
+            new.tiers.disk.put(&key, &stored).unwrap();
+        }
+        assert!(new.trouble().is_none());
+        for n in [1, 2] {
+            assert!(matches!(new.find(&key(n), &LIFETIMES), Found::Fresh(..)), "{n}");
+        }
+        assert_eq!(new.size().1, 2);
     }
 }
