@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 help: ## list the lanes
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -9,11 +10,12 @@ help: ## list the lanes
 setup: ## install what building and testing needs (Debian 12, root); the second time offline
 	tests/setup
 
-build: setup ## the debug binary, target/debug/pullgate
-	$(CARGO) build --package pullgate
+# All at once: building packages one by one would compile shared dependencies once for each.
+build: setup ## everything, unoptimised: target/debug/pullgate, the demo, the tests
+	$(CARGO) build --workspace --all-targets
 
 demo: build ## the main job: a signed image is pulled and runs, others are refused
-	$(CARGO) run --quiet --package pullgate-tests --bin demo
+	$(TARGET)/debug/demo
 
 test: build ## all tests: units, and end to end on real containerd, registry, cosign, KMS, systemd
 	$(CARGO) test --workspace

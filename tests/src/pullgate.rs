@@ -5,7 +5,7 @@ use crate::http;
 use crate::process::{Output, Process, free_port, run};
 use crate::wait;
 use crate::world::World;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -205,16 +205,11 @@ pub fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("PULLGATE_BIN") {
         return Ok(path.into());
     }
-    // target/debug/deps/suite-0123 → target/debug/pullgate
-    let test = std::env::current_exe()?;
-    let folder = test.ancestors().nth(2).context("no target folder")?;
-    let binary = folder.join("pullgate");
-    ensure!(
-        binary.exists(),
-        "no {}: build it with `cargo build -p pullgate`, or name it in PULLGATE_BIN",
-        binary.display()
-    );
-    Ok(binary)
+    // target/debug/deps/suite-0123 or target/debug/demo → target/debug/pullgate
+    let own = std::env::current_exe()?;
+    let beside = own.ancestors().skip(1).take(2).map(|folder| folder.join("pullgate"));
+    let binary = beside.into_iter().find(|binary| binary.is_file());
+    binary.context("no pullgate beside this program: build it (`make build`), or name it in PULLGATE_BIN")
 }
 
 /// The test's configuration and what it left out.

@@ -66,7 +66,10 @@ async fn main() -> Result<()> {
         let field = |name: &str| entry[name].as_str().unwrap_or("-").to_owned();
         println!(
             "   {:<6} {:<18} {:<7} {}",
-            field("PULLGATE_DECISION"), field("PULLGATE_REASON"), field("PULLGATE_CACHE"), field("PULLGATE_IMAGE"),
+            field("PULLGATE_DECISION"),
+            field("PULLGATE_REASON"),
+            field("PULLGATE_CACHE"),
+            field("PULLGATE_IMAGE"),
         );
     }
     let pulls = entries.iter().filter(|entry| entry["PULLGATE_METHOD"] == "PullImage").count();
