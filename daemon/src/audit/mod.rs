@@ -5,7 +5,8 @@ pub mod logging;
 
 use tracing::{error, info, warn};
 
-use crate::engine::judgement::{CacheState, Judgement, Outcome};
+use crate::engine::judgement::{CacheState, Judgement, Outcome, Permit};
+use crate::verdict::FailureReason;
 
 // MESSAGE_IDs (systemd.journal-fields(7)); systemd/pullgate.catalog explains each.
 /// An image was allowed.
@@ -26,6 +27,9 @@ pub const POLICY_LOADED: &str = "5d1b3cf0ab7e4f0c8f2f3cb1c2f5d807";
 pub const POLICY_REFUSED: &str = "5d1b3cf0ab7e4f0c8f2f3cb1c2f5d808";
 /// Verdicts were purged by an operator.
 pub const CACHE_PURGED: &str = "5d1b3cf0ab7e4f0c8f2f3cb1c2f5d809";
+
+/// An allowed image could not be pulled: the next hop is away.
+pub const NEXT_HOP_AWAY: &str = "5d1b3cf0ab7e4f0c8f2f3cb1c2f5d80a";
 
 /// The call that asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -111,6 +115,18 @@ pub fn record(judgement: &Judgement, context: &Context) {
     }
 }
 
+/// Writes down that an allowed image could not be asked for.
+pub fn next_hop_away(permit: &Permit, why: &str) {
+    tracing::error!(
+        target: "pullgate::audit",
+        message_id = NEXT_HOP_AWAY,
+        pullgate_reason = FailureReason::ContainerdUnavailable.code(),
+        pullgate_image = permit.repository().to_string(),
+        pullgate_digest = permit.digest().map(|digest| digest.as_str()),
+        "an allowed image could not be pulled: {why}",
+    );
+}
+
 fn key(judgement: &Judgement) -> Option<&str> {
     judgement.rule.as_ref().and_then(|rule| rule.key.as_deref())
 }
@@ -129,4 +145,30 @@ fn stale(judgement: &Judgement) -> Option<&'static str> {
 
 fn present(text: &str) -> Option<&str> {
     (!text.is_empty()).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_journal_catalog_explains_every_kind_of_entry() {
+        let catalog = include_str!("../../../systemd/pullgate.catalog");
+        let ids = [
+            ALLOWED,
+            DENIED,
+            FAILED,
+            KEY_CONFLICT,
+            KEY_ACCEPTED,
+            STORE_SET_ASIDE,
+            POLICY_LOADED,
+            POLICY_REFUSED,
+            CACHE_PURGED,
+            NEXT_HOP_AWAY,
+        ];
+        for id in ids {
+            assert_eq!(catalog.matches(&format!("\n-- {id}\nSubject: ")).count(), 1, "{id}");
+        }
+        assert_eq!(catalog.matches("\n-- ").count(), ids.len());
+    }
 }

@@ -12,7 +12,7 @@ use tonic::Status;
 
 use super::messages::{AuthConfig, PullImageRequest, PullImageResponse};
 use super::{refusal, router, wire};
-use crate::audit::{Context, Method};
+use crate::audit::{self, Context, Method};
 use crate::delegate::body::{self, Body, Unary};
 use crate::engine::Ask;
 use crate::engine::judgement::{Outcome, Permit};
@@ -111,7 +111,8 @@ async fn pull(
     };
     head.headers.remove(CONTENT_LENGTH);
     let started = Instant::now();
-    let response = gate.next_hop.send(Request::from_parts(head, body::message(&message))).await?;
+    let response = gate.next_hop.send(Request::from_parts(head, body::message(&message))).await;
+    let response = response.inspect_err(|status| audit::next_hop_away(permit, status.message()))?;
     let (head, incoming) = response.into_parts();
     let answer = Unary::read(incoming).await?;
     gate.metrics.delegate.with_label_values(&["PullImage"]).observe(started.elapsed().as_secs_f64());

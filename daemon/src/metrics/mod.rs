@@ -52,8 +52,6 @@ pub struct Metrics {
     pub reload_time: IntGauge,
     /// `pullgate_config_last_reload_successful`: 1 or 0.
     pub reload_ok: IntGauge,
-    /// `pullgate_audit_errors_total`: decisions that could not be written to the journal.
-    pub audit_errors: IntCounter,
 }
 
 impl Metrics {
@@ -152,11 +150,6 @@ impl Metrics {
                 "When the policy in force was loaded.",
             )?,
             reload_ok: gauge(&r, "config_last_reload_successful", "Whether the newest file is in force.")?,
-            audit_errors: counter(
-                &r,
-                "audit_errors_total",
-                "Decisions that could not be written to the journal.",
-            )?,
             registry: r,
         })
     }
