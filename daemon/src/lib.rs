@@ -5,6 +5,7 @@
 pub mod admin;
 pub mod audit;
 pub mod breaker;
+pub mod budget;
 pub mod cli;
 pub mod config;
 pub mod cri;

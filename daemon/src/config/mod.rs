@@ -138,7 +138,7 @@ pub struct Limits {
     pub signatures: usize,
     /// Requests to registries, per second; at least 1. Default: 100.
     pub registry_requests_per_second: u32,
-    /// Requests to KMS, per second; at least 1. Default: 20.
+    /// Requests to KMS in each Region, per second; at least 1. Default: 20.
     pub kms_requests_per_second: u32,
 }
 

@@ -181,7 +181,8 @@ pub static LIMITS: &[Field] = &[
         .within("1KiB", "64MiB"),
     field("signatures", Kind::Count, "64", "Signatures of one image that are looked at.").within("1", "4096"),
     field("registryRequestsPerSecond", Kind::Count, "100", "Requests to registries.").within("1", "100000"),
-    field("kmsRequestsPerSecond", Kind::Count, "20", "Requests to KMS.").within("1", "100000"),
+    field("kmsRequestsPerSecond", Kind::Count, "20", "Requests to KMS, in each Region.")
+        .within("1", "100000"),
 ];
 
 /// `registry`.

@@ -64,7 +64,8 @@ impl Active {
             .unwrap_or_else(|| Arc::new(Registry::new(registry_settings(&config), Arc::clone(metrics))));
         let keys = kept.map(|old| Arc::clone(&old.keys));
         let keys = keys.unwrap_or_else(|| {
-            let kms = Kms::new(config.aws.clone(), Arc::clone(metrics));
+            let per_second = config.limits.kms_requests_per_second;
+            let kms = Kms::new(config.aws.clone(), per_second, Arc::clone(metrics));
             Arc::new(KeyRing::new(Arc::new(kms), pins, config.aws.alias_recheck, Arc::clone(metrics)))
         });
         keys.forget();

@@ -12,10 +12,10 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use tokio::time::Instant;
 use url::Url;
 
-use super::budget::Budget;
 use super::fault::{Fault, place, unavailable};
 use super::tls::{Pools, Tls};
 use crate::breaker::Breaker;
+use crate::budget::Budget;
 use crate::metrics::Metrics;
 use crate::verdict::Failure;
 

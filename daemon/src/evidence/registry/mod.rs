@@ -8,7 +8,6 @@
 //! Texts name hosts, repositories and digests, and never a secret.
 
 mod auth;
-mod budget;
 mod client;
 mod credentials;
 mod docker_config;

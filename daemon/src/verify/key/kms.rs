@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use aws_config::{BehaviorVersion, Region, retry::RetryConfig, timeout::TimeoutConfig};
+use aws_config::default_provider::region::DefaultRegionChain;
 use aws_sdk_kms::Client;
-use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_kms::error::ProvideErrorMetadata as _;
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::{KeyUsageType, MessageType, SigningAlgorithmSpec};
 use base64::Engine as _;
@@ -15,21 +14,22 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use sha2::{Digest as _, Sha256, Sha384, Sha512};
 use tokio::sync::{Mutex, OnceCell};
 
+use super::endpoint::{CONNECT_LIMIT, Endpoint, Fault, TRIES, unavailable};
 use super::trusted::Scheme;
 use super::uri::KmsKey;
 use crate::config::Aws;
 use crate::metrics::Metrics;
-use crate::verdict::{Failure, FailureReason};
+use crate::verdict::Failure;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
-const ATTEMPTS: u32 = 3;
+/// A Region, and an endpoint other than its own.
+type Place = (String, Option<String>);
 
 /// KMS in every Region that the rules name.
 pub struct Kms {
     settings: Aws,
-    clients: Mutex<HashMap<(Option<String>, Option<String>), Client>>,
-    home: OnceCell<Option<String>>,
+    requests_per_second: u32,
+    endpoints: Mutex<HashMap<Place, Arc<Endpoint>>>,
+    home: OnceCell<String>,
     metrics: Arc<Metrics>,
 }
 
@@ -44,8 +44,10 @@ pub struct GivenKey {
 
 impl Kms {
     /// KMS as configured; no request is made, nor credentials looked for, until a key is needed.
-    pub fn new(settings: Aws, metrics: Arc<Metrics>) -> Self {
-        Self { settings, clients: Mutex::default(), home: OnceCell::new(), metrics }
+    /// Each Region is sent `requests_per_second` at most; 0 is no limit.
+    pub fn new(settings: Aws, requests_per_second: u32, metrics: Arc<Metrics>) -> Self {
+        let (endpoints, home) = (Mutex::default(), OnceCell::new());
+        Self { settings, requests_per_second, endpoints, home, metrics }
     }
 
     /// `GetPublicKey`, for a multi-Region key in the node's own Region first.
@@ -53,35 +55,18 @@ impl Kms {
     /// # Errors
     /// `kms-throttled` or `kms-unavailable`: the last Region's.
     pub async fn public_key(&self, key: &KmsKey) -> Result<GivenKey, Failure> {
-        let mut last = None;
-        for place in self.places(key).await {
-            match self.public_key_at(&place).await {
-                Ok(given) => return Ok(given),
-                Err(failure) => last = Some(failure),
+        self.ask(key, "GetPublicKey", |client, id| async move {
+            let answer = client.get_public_key().key_id(&id).send().await;
+            let output = answer.map_err(|error| Fault::of("GetPublicKey", &error))?;
+            match output.public_key() {
+                Some(spki) if output.key_usage() == Some(&KeyUsageType::SignVerify) => Ok(GivenKey {
+                    key_id: output.key_id().unwrap_or(&id).to_owned(),
+                    spki: spki.as_ref().to_vec(),
+                }),
+                _ => Err(Fault::lasting(unavailable("it is not a key for SIGN_VERIFY"))),
             }
-        }
-        Err(last.unwrap_or_else(|| unavailable(key, "no Region is known for it")))
-    }
-
-    async fn public_key_at(&self, key: &KmsKey) -> Result<GivenKey, Failure> {
-        let client = self.client(key).await;
-        let started = Instant::now();
-        let answer = client.get_public_key().key_id(&key.id).send().await;
-        let result = match answer {
-            Ok(output) => {
-                let usable = output.key_usage() == Some(&KeyUsageType::SignVerify);
-                match output.public_key() {
-                    Some(spki) if usable => Ok(GivenKey {
-                        key_id: output.key_id().unwrap_or(&key.id).to_owned(),
-                        spki: spki.as_ref().to_vec(),
-                    }),
-                    _ => Err(unavailable(key, "it is not a key for SIGN_VERIFY")),
-                }
-            }
-            Err(error) => Err(classify(key, "GetPublicKey", &error)),
-        };
-        self.count("GetPublicKey", started, &result);
-        result
+        })
+        .await
     }
 
     /// `Verify` of one scheme over `message`; `false` when KMS says that the signature is wrong.
@@ -92,33 +77,54 @@ impl Kms {
         message: &[u8],
         signature: &[u8],
     ) -> Result<bool, Failure> {
-        let mut last = None;
-        for place in self.places(key).await {
-            let client = self.client(&place).await;
-            let started = Instant::now();
-            let (algorithm, hash) = algorithm(scheme, message)
-                .ok_or_else(|| unavailable(key, "KMS does not verify Ed25519 over a digest"))?;
-            let answer = client
+        let (algorithm, hash) = algorithm(scheme, message)
+            .ok_or_else(|| about(key, unavailable("KMS does not verify Ed25519 over a digest")))?;
+        let (hash, signature) = (Blob::new(hash), Blob::new(signature));
+        self.ask(key, "Verify", |client, id| {
+            let request = client
                 .verify()
-                .key_id(&place.id)
+                .key_id(id)
                 .message_type(MessageType::Digest)
-                .message(Blob::new(hash))
-                .signature(Blob::new(signature))
-                .signing_algorithm(algorithm)
-                .send()
-                .await;
-            let result = match answer {
-                Ok(output) => Ok(output.signature_valid()),
-                Err(error) if error.code() == Some("KMSInvalidSignatureException") => Ok(false),
-                Err(error) => Err(classify(&place, "Verify", &error)),
+                .message(hash.clone())
+                .signature(signature.clone())
+                .signing_algorithm(algorithm.clone());
+            async move {
+                match request.send().await {
+                    Ok(output) => Ok(output.signature_valid()),
+                    Err(error) if error.code() == Some("KMSInvalidSignatureException") => Ok(false),
+                    Err(error) => Err(Fault::of("Verify", &error)),
+                }
+            }
+        })
+        .await
+    }
+
+    /// Asks in one Region after the other until one answers.
+    async fn ask<T, F>(
+        &self,
+        key: &KmsKey,
+        operation: &'static str,
+        call: impl Fn(Client, String) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, Fault>>,
+    {
+        let places = self.places(key).await;
+        let mut last = None;
+        for (number, place) in places.iter().enumerate() {
+            // The next Region is the next try; only the last one is asked again.
+            let tries = if number + 1 == places.len() { TRIES } else { 1 };
+            let call = |client| call(client, place.id.clone());
+            let answer = match self.endpoint(place).await {
+                Ok(endpoint) => endpoint.ask(operation, tries, &self.metrics, call).await,
+                Err(failure) => Err(failure),
             };
-            self.count("Verify", started, &result);
-            match result {
-                Ok(valid) => return Ok(valid),
-                Err(failure) => last = Some(failure),
+            match answer {
+                Ok(answer) => return Ok(answer),
+                Err(failure) => last = Some(about(place, failure)),
             }
         }
-        Err(last.unwrap_or_else(|| unavailable(key, "no Region is known for it")))
+        Err(last.unwrap_or_else(|| about(key, unavailable("no Region is known for it"))))
     }
 
     /// The key in each Region to ask, in order.
@@ -136,54 +142,43 @@ impl Kms {
     }
 
     /// The node's own Region: configured, or found by the SDK's chain (environment, profile, IMDS).
+    /// One that is not found is looked for again.
     async fn home(&self) -> Option<String> {
         let look = async {
-            match &self.settings.region {
-                Some(region) => Some(region.clone()),
-                None => {
-                    let chain = aws_config::default_provider::region::DefaultRegionChain::builder().build();
-                    let found = tokio::time::timeout(CONNECT_TIMEOUT, chain.region()).await.ok()?;
-                    found.map(|region| region.to_string())
-                }
+            if let Some(region) = &self.settings.region {
+                return Ok(region.clone());
+            }
+            let chain = DefaultRegionChain::builder().build();
+            let found = tokio::time::timeout(CONNECT_LIMIT, chain.region()).await;
+            found.ok().flatten().map(|region| region.to_string()).ok_or(())
+        };
+        self.home.get_or_try_init(|| look).await.ok().cloned()
+    }
+
+    async fn endpoint(&self, key: &KmsKey) -> Result<Arc<Endpoint>, Failure> {
+        let region = match key.region() {
+            Some(region) => region.to_owned(),
+            None => {
+                self.home().await.ok_or_else(|| unavailable("no AWS Region is known: set `aws.region`"))?
             }
         };
-        self.home.get_or_init(|| look).await.clone()
+        let own = self.settings.regions.get(&region).and_then(|own| own.kms_endpoint.as_ref());
+        let configured = own.or(self.settings.kms_endpoint.as_ref());
+        let url = configured.map(|url| url.to_string()).or_else(|| key.endpoint.clone());
+        let mut endpoints = self.endpoints.lock().await;
+        let slot = (region.clone(), url.clone());
+        if let Some(endpoint) = endpoints.get(&slot) {
+            return Ok(Arc::clone(endpoint));
+        }
+        let new = Arc::new(Endpoint::new(region, url, self.requests_per_second, &self.metrics).await);
+        endpoints.insert(slot, Arc::clone(&new));
+        Ok(new)
     }
+}
 
-    async fn client(&self, key: &KmsKey) -> Client {
-        let region = key.region().map(str::to_owned).or_else(|| self.settings.region.clone());
-        let configured = region
-            .as_ref()
-            .and_then(|region| self.settings.regions.get(region)?.kms_endpoint.as_ref())
-            .or(self.settings.kms_endpoint.as_ref());
-        let endpoint = configured.map(|url| url.to_string()).or_else(|| key.endpoint.clone());
-        let mut clients = self.clients.lock().await;
-        let slot = (region.clone(), endpoint.clone());
-        if let Some(client) = clients.get(&slot) {
-            return client.clone();
-        }
-        let timeouts = TimeoutConfig::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .operation_attempt_timeout(ATTEMPT_TIMEOUT)
-            .build();
-        let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
-            .timeout_config(timeouts);
-        if let Some(region) = region {
-            loader = loader.region(Region::new(region));
-        }
-        if let Some(endpoint) = endpoint {
-            loader = loader.endpoint_url(endpoint);
-        }
-        let client = Client::new(&loader.load().await);
-        clients.insert(slot, client.clone());
-        client
-    }
-
-    fn count<T>(&self, operation: &'static str, started: Instant, result: &Result<T, Failure>) {
-        let outcome = result.as_ref().map_or_else(|failure| failure.reason.code(), |_| "ok");
-        self.metrics.kms_request(operation, outcome, started.elapsed());
-    }
+/// The failure, with the key that it is about.
+fn about(key: &KmsKey, failure: Failure) -> Failure {
+    Failure { found: format!("KMS key {}: {}", key.id, failure.found), ..failure }
 }
 
 /// Asks KMS to verify, instead of the public key here (`remoteVerify: true`).
@@ -231,31 +226,4 @@ fn algorithm(scheme: Scheme, message: &[u8]) -> Option<(SigningAlgorithmSpec, Ve
         Scheme::EcdsaP521Sha512 => (SigningAlgorithmSpec::EcdsaSha512, Sha512::digest(message).to_vec()),
         Scheme::Ed25519 => return None,
     })
-}
-
-fn unavailable(key: &KmsKey, why: &str) -> Failure {
-    FailureReason::KmsUnavailable.because(format!("KMS key {}: {why}", key.id))
-}
-
-/// KMS' error code says what happened; its message may hold request ids, so it is left out.
-fn classify<E: ProvideErrorMetadata, R>(key: &KmsKey, operation: &str, error: &SdkError<E, R>) -> Failure {
-    match error {
-        SdkError::ServiceError(service) => {
-            let code = service.err().code().unwrap_or("an unknown error");
-            match code {
-                "ThrottlingException"
-                | "Throttling"
-                | "TooManyRequestsException"
-                | "LimitExceededException"
-                | "RequestLimitExceeded" => FailureReason::KmsThrottled
-                    .because(format!("KMS key {}: {operation} is throttled", key.id)),
-                _ => unavailable(key, &format!("{operation} answers {code}")),
-            }
-        }
-        SdkError::ConstructionFailure(_) => unavailable(key, "no AWS credentials or Region were found"),
-        SdkError::DispatchFailure(failure) if failure.is_other() => {
-            unavailable(key, "no AWS credentials were found, or the request could not be sent")
-        }
-        _ => unavailable(key, "KMS can't be reached"),
-    }
 }

@@ -4,6 +4,7 @@
 //! a KMS key by asking KMS for the public key, once; its hash is pinned on disk, so that later
 //! starts need no KMS and an alias that was re-pointed is noticed.
 
+mod endpoint;
 pub mod kms;
 pub mod pins;
 pub mod ring;

@@ -134,7 +134,7 @@ mod tests {
         pins.put(&pin).unwrap();
         let again = Pins::in_directory(directory.path().join("keys"));
         assert_eq!(again.get("aws-kms://a"), Some(pin.clone()));
-        assert_eq!(again.all(), [pin.clone()]);
+        assert_eq!(again.all(), std::slice::from_ref(&pin));
         let mut forged = pin;
         forged.trusted.spki = BASE64.encode(b"another");
         again.put(&forged).unwrap();

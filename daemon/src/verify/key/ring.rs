@@ -120,7 +120,7 @@ impl Shelf {
                         .into());
                 }
             },
-            KeyUri::Kms(key) => self.from_kms(uri, key).await,
+            KeyUri::Kms(key) => self.ask_kms(uri, key).await,
         };
         if !matches!(answer, Err(Stop::Failed(_))) {
             let held = Held { answer: answer.clone(), checked: Instant::now() };
@@ -129,7 +129,7 @@ impl Shelf {
         answer
     }
 
-    async fn from_kms(&self, uri: &KeyUri, key: &KmsKey) -> Answer {
+    async fn ask_kms(&self, uri: &KeyUri, key: &KmsKey) -> Answer {
         let label = uri.label();
         let pin = self.pins.get(&label);
         match pin {

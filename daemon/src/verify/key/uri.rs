@@ -44,13 +44,14 @@ impl KmsKey {
         self.resource().trim_start_matches("key/").starts_with("mrk-")
     }
 
-    /// The same multi-Region key in another Region.
+    /// The same multi-Region key in another Region. An endpoint is one Region's.
     pub fn in_region(&self, region: &str) -> Self {
+        let endpoint = self.endpoint.clone().filter(|_| self.region() == Some(region));
         let mut parts: Vec<&str> = self.id.splitn(6, ':').collect();
         if let [.., place, _, _] = parts.as_mut_slice() {
             *place = region;
         }
-        Self { endpoint: self.endpoint.clone(), id: parts.join(":") }
+        Self { endpoint, id: parts.join(":") }
     }
 }
 
@@ -81,6 +82,10 @@ impl KeyUri {
     /// The SHA-256 or name by which journal and messages know this key; never key material.
     pub fn label(&self) -> String {
         match self {
+            // The same alias at two endpoints is two keys.
+            Self::Kms(KmsKey { endpoint: Some(endpoint), id }) => {
+                format!("awskms://{}/{id}", endpoint.trim_start_matches("https://"))
+            }
             Self::Kms(key) => format!("aws-kms://{}", key.id),
             Self::File(path) => format!("file://{}", path.display()),
             Self::Inline(_) => "inline PEM key".into(),
@@ -152,6 +157,21 @@ mod tests {
             kms_of("awskms://kms.example.com:8443/alias/ci").endpoint.as_deref(),
             Some("https://kms.example.com:8443")
         );
+    }
+
+    #[test]
+    fn an_alias_at_two_endpoints_is_two_keys() {
+        let label = |text: &str| KeyUri::parse(text).unwrap().label();
+        let (one, two) = ("awskms://one.example.com/alias/ci", "awskms://two.example.com:8443/alias/ci");
+        assert_eq!((label(one).as_str(), label(two).as_str()), (one, two));
+        assert_eq!(label("awskms:///alias/ci"), "aws-kms://alias/ci");
+    }
+
+    #[test]
+    fn an_endpoint_is_for_its_own_region_alone() {
+        let key = kms_of(&format!("awskms://kms.example.com/{ARN}"));
+        assert_eq!(key.in_region("us-west-2"), key);
+        assert_eq!(key.in_region("eu-west-1").endpoint, None);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How many requests a second this node may send to registries, all together.
+//! A budget of requests a second: what one node may ask of registries, or of KMS.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 /// A token bucket that holds one second's worth. Callers over the budget wait their turn.
 #[derive(Debug)]
-pub(super) struct Budget {
+pub struct Budget {
     interval: Duration,
     /// When the bucket will be full again.
     full_at: Mutex<Instant>,
@@ -15,13 +15,13 @@ pub(super) struct Budget {
 
 impl Budget {
     /// `per_second` requests a second; 0 is no limit.
-    pub(super) fn new(per_second: u32) -> Self {
+    pub fn new(per_second: u32) -> Self {
         let interval = Duration::from_secs(1).checked_div(per_second).unwrap_or_default();
         Self { interval, full_at: Mutex::new(Instant::now()) }
     }
 
     /// Waits until one more request may be sent.
-    pub(super) async fn take(&self) {
+    pub async fn take(&self) {
         if self.interval.is_zero() {
             return;
         }
