@@ -137,6 +137,18 @@ impl Containerd {
         Ok(())
     }
 
+    /// Pulls an image with `ctr`, past every image proxy. Its one record is the name as given.
+    pub async fn pull(&self, image: &str) -> Result<()> {
+        self.ctr(&["images", "pull", "--plain-http", "--snapshotter", snapshotter(), image]).await?;
+        Ok(())
+    }
+
+    /// Gives a present image more names, all at once; a name that is there already is moved.
+    pub async fn tag(&self, image: &str, names: &[&str]) -> Result<()> {
+        self.ctr(&[&["images", "tag", "--force", image], names].concat()).await?;
+        Ok(())
+    }
+
     /// Ends it without notice. Its Pods go on.
     pub fn kill9(&self) {
         self.process().kill9();

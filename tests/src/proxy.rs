@@ -358,6 +358,11 @@ impl Proxy {
         state.seen.iter().filter(same).count()
     }
 
+    /// How many requests are under way now; one whose caller went away is not.
+    pub fn running(&self) -> usize {
+        lock(&self.state).running
+    }
+
     /// The most requests that were under way at once.
     pub fn peak(&self) -> usize {
         lock(&self.state).peak
