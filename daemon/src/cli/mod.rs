@@ -140,6 +140,8 @@ pub fn main() -> ExitCode {
     match ended {
         Ok(code) => ExitCode::from(code),
         Err((code, text)) => {
+            // A configuration's mistakes bring the word along.
+            let text = text.strip_prefix("error: ").unwrap_or(&text);
             let _ = writeln!(std::io::stderr(), "error: {text}");
             ExitCode::from(code)
         }

@@ -41,13 +41,14 @@ pub fn message(judgement: &Judgement) -> Option<String> {
         _ => String::new(),
     };
     let rule = match &judgement.rule {
-        Some(rule) => format!("rule {:?}", rule.name),
-        None => "the default".to_owned(),
+        Some(rule) => format!(" by rule {:?}", rule.name),
+        None if judgement.is_readable => " by the default".to_owned(),
+        None => String::new(),
     };
     let expected = judgement.rule.as_ref().and_then(|rule| rule.expected.as_ref());
     let expected = expected.map(|expected| format!("expected {expected}; ")).unwrap_or_default();
     Some(format!(
-        "{prefix}image {}{digest} refused by {rule}: {code}: {expected}found: {found}; remedy: {remedy}",
+        "{prefix}image {}{digest} refused{rule}: {code}: {expected}found: {found}; remedy: {remedy}",
         judgement.image,
     ))
 }

@@ -14,6 +14,8 @@ use crate::verify::Proof;
 pub struct Judgement {
     /// The normalised reference; what the caller wrote, made printable, if it is none.
     pub image: String,
+    /// Whether it is a reference at all; without one no rule is looked for.
+    pub is_readable: bool,
     /// The digest, as far as it is known.
     pub digest: Option<Digest>,
     /// The rule that applied; `None` is the default.
@@ -120,7 +122,8 @@ impl Permit {
 impl Judgement {
     pub(super) fn about(image: &str, policy: &str) -> Self {
         Self {
-            image: image.chars().take(300).flat_map(char::escape_default).collect(),
+            image: printable(image),
+            is_readable: false,
             digest: None,
             rule: None,
             outcome: Outcome::Failed(super::timeout()),
@@ -133,6 +136,7 @@ impl Judgement {
 
     pub(super) fn read_as(&mut self, reference: &Reference, present: Option<&Digest>) {
         self.image = reference.to_string();
+        self.is_readable = true;
         self.digest = match &reference.pointer {
             Pointer::Digest(digest) => Some(digest.clone()),
             Pointer::Tag(_) => present.cloned(),
@@ -147,6 +151,12 @@ impl Judgement {
     pub fn is_allowed(&self) -> bool {
         matches!(self.outcome, Outcome::Allowed(..))
     }
+}
+
+/// A text that is no reference, so that it can stand in one line.
+fn printable(image: &str) -> String {
+    let short: String = image.chars().take(300).collect();
+    format!("{short:?}")
 }
 
 impl AppliedRule {
