@@ -10,7 +10,6 @@ use hyper::{HeaderMap, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::path::Path;
 use tokio::net::UnixStream;
-use tokio::task::JoinHandle;
 use tonic::Status;
 
 /// The flag of compression and the length.
@@ -84,18 +83,18 @@ impl Answer {
 /// One connection.
 pub struct Client {
     sender: SendRequest<Full<Bytes>>,
-    connection: JoinHandle<()>,
+    socket: std::os::unix::net::UnixStream,
 }
 
 impl Client {
     /// Connects to a socket.
     pub async fn connect(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket).await?;
-        let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
-        let connection = tokio::spawn(async move {
-            let _ = connection.await;
-        });
-        Ok(Self { sender, connection })
+        let stream = UnixStream::connect(socket).await?.into_std()?;
+        let socket = stream.try_clone()?;
+        let io = TokioIo::new(UnixStream::from_std(stream)?);
+        let (sender, connection) = handshake(TokioExecutor::new(), io).await?;
+        tokio::spawn(connection);
+        Ok(Self { sender, socket })
     }
 
     /// Sends a call whose body is these bytes, whatever they are; the answer is still streaming.
@@ -126,9 +125,9 @@ impl Client {
         self.sender.is_closed()
     }
 
-    /// Breaks the connection off.
-    pub fn hang_up(self) {
-        self.connection.abort();
+    /// Breaks the connection off, as the kernel does it for a process that was killed.
+    pub fn hang_up(self) -> Result<()> {
+        Ok(self.socket.shutdown(std::net::Shutdown::Both)?)
     }
 }
 

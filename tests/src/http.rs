@@ -1,4 +1,4 @@
-//! One plain HTTP request on loopback.
+//! One plain HTTP request on loopback, or on a Unix socket.
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -7,6 +7,8 @@ use hyper::body::Incoming;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use std::net::SocketAddr;
+use std::path::Path;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 /// A whole answer.
 #[derive(Debug)]
@@ -44,6 +46,15 @@ where
 {
     let socket = tokio::net::TcpStream::connect(address).await?;
     socket.set_nodelay(true)?;
+    over(socket, request).await
+}
+
+async fn over<S, B>(socket: S, request: Request<B>) -> Result<Response<Incoming>>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    B: hyper::body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
     tokio::spawn(connection);
     Ok(sender.send_request(request).await?)
@@ -64,7 +75,10 @@ pub async fn send(
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    let answer = stream(address, request.body(Full::new(body.into()))?).await?;
+    whole(stream(address, request.body(Full::new(body.into()))?).await?).await
+}
+
+async fn whole(answer: Response<Incoming>) -> Result<Answer> {
     let (head, body) = answer.into_parts();
     Ok(Answer { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
 }
@@ -72,4 +86,10 @@ pub async fn send(
 /// GET, for what a daemon tells about itself.
 pub async fn get(address: SocketAddr, path: &str) -> Result<Answer> {
     send(address, "GET", path, &[], Bytes::new()).await
+}
+
+/// [`get`] on a Unix socket.
+pub async fn get_unix(socket: &Path, path: &str) -> Result<Answer> {
+    let request = Request::get(path).header("host", "localhost").body(Full::<Bytes>::default())?;
+    whole(over(tokio::net::UnixStream::connect(socket).await?, request).await?).await
 }
