@@ -139,7 +139,8 @@ impl Cosign {
         Ok(self.pair(name))
     }
 
-    fn pair(&self, name: &str) -> KeyPair {
+    /// The key pair of that name.
+    pub fn pair(&self, name: &str) -> KeyPair {
         KeyPair {
             private: self.home.join(format!("{name}.key")),
             public: self.home.join(format!("{name}.pub")),

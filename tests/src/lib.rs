@@ -12,6 +12,7 @@ pub mod http;
 pub mod image;
 pub mod moto;
 pub mod next_hop;
+pub mod nspawn;
 pub mod oci;
 pub mod parts;
 pub mod policy;
@@ -19,6 +20,7 @@ pub mod process;
 pub mod proxy;
 pub mod pullgate;
 mod referrers;
+pub mod refusal;
 pub mod registry;
 pub mod signature;
 pub mod temp;
@@ -31,9 +33,11 @@ pub use cri::{Cri, PullOptions};
 pub use image::{Image, Pushed, PushedIndex};
 pub use moto::{KmsKey, Moto};
 pub use next_hop::{NextHop, Reply};
+pub use nspawn::Nspawn;
 pub use oci::Oci;
 pub use proxy::{Fault, Gate, Proxy, Rule, Seen};
 pub use pullgate::Pullgate;
+pub use refusal::{refused, refused_with};
 pub use registry::{Registry, RegistryOptions};
 pub use signature::{SigTag, Tamper};
 pub use world::World;
@@ -46,5 +50,25 @@ macro_rules! need {
             eprintln!("skipped: {why}");
             return Ok(());
         }
+    };
+}
+
+/// Makes tests of functions that take a [`Version`]: on the oldest containerd and on the newest.
+#[macro_export]
+macro_rules! on_both {
+    ($($test:ident,)*) => {
+        mod on_1_6 {$(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $test() -> anyhow::Result<()> {
+                super::$test($crate::Version::V16).await
+            }
+        )*}
+        mod on_2_1 {$(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $test() -> anyhow::Result<()> {
+                $crate::need!("containerd21");
+                super::$test($crate::Version::V21).await
+            }
+        )*}
     };
 }

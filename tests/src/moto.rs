@@ -149,6 +149,15 @@ impl Moto {
         Ok(())
     }
 
+    /// Signs a message with an algorithm of choice (`RSASSA_PSS_SHA_256`).
+    pub async fn sign(&self, key: &KmsKey, algorithm: &str, message: &[u8]) -> Result<Vec<u8>> {
+        let asked = json!({
+            "KeyId": key.id, "Message": STANDARD.encode(message), "MessageType": "RAW", "SigningAlgorithm": algorithm,
+        });
+        let answer = self.kms(&key.region, "Sign", &asked).await?;
+        Ok(STANDARD.decode(answer["Signature"].as_str().context("no signature")?)?)
+    }
+
     /// A key's public half as PEM.
     pub async fn public_key(&self, key: &KmsKey) -> Result<String> {
         let answer = self.kms(&key.region, "GetPublicKey", &json!({"KeyId": key.id})).await?;

@@ -10,8 +10,14 @@ pub fn signed(registry: &Registry, key: &str) -> String {
 /// A rule as an item of `verificationRules`; `more` is more fields of it, in flow style
 /// (`annotations: {a: b}`).
 pub fn rule(registry: &Registry, key: &str, more: &str) -> String {
+    rule_for(&format!("{}/**", registry.host()), key, more)
+}
+
+/// [`rule`] for any glob. A PEM block's lines may be ended by `\n` in the text.
+pub fn rule_for(glob: &str, key: &str, more: &str) -> String {
     let more = if more.is_empty() { String::new() } else { format!(", {more}") };
-    format!("{{imageGlob: \"{}/**\", strategy: signed, keyURI: \"{key}\"{more}}}", registry.host())
+    let key = key.replace('\n', "\\n");
+    format!("{{imageGlob: \"{glob}\", strategy: signed, keyURI: \"{key}\"{more}}}")
 }
 
 /// A configuration of rules.

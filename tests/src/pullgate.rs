@@ -151,6 +151,12 @@ impl Pullgate {
         run(command).await
     }
 
+    /// How many verdicts it has in memory.
+    pub async fn verdicts(&self) -> Result<u64> {
+        let stats: Value = serde_json::from_str(&self.admin(&["cache", "stats"]).await?.ok()?.stdout)?;
+        stats["memoryEntries"].as_u64().context("no memoryEntries")
+    }
+
     /// SIGTERM, and waits for the end.
     pub async fn stop(&self) -> Result<ExitStatus> {
         self.signal(nix::sys::signal::Signal::SIGTERM)?;

@@ -9,12 +9,19 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The one user of a registry that asks for a login.
+/// The usual user of a registry that asks for a login.
 pub const USER: &str = "puller";
 /// Their password.
 pub const PASSWORD: &str = "correct-horse";
-/// [`PASSWORD`] as bcrypt with the lowest cost.
-const HTPASSWD: &str = "puller:$2b$04$rTrq2V70ZMO/SLBrxYYQcOXLcASmB.JxUp9EmSvsXFwahSEoCn2Ri\n";
+/// A second login: what moto's ECR hands out.
+pub const ECR_USER: &str = "AWS";
+/// Its password.
+pub const ECR_PASSWORD: &str = "123456789012-auth-token";
+/// [`PASSWORD`] and [`ECR_PASSWORD`] as bcrypt with the lowest cost.
+const HTPASSWD: &str = "puller:$2b$04$rTrq2V70ZMO/SLBrxYYQcOXLcASmB.JxUp9EmSvsXFwahSEoCn2Ri\n\
+                        AWS:$2b$04$rTrq2V70ZMO/SLBrxYYQcOKCSqxwzwUOynR7Js0WUZO62AE0XzQ/W\n";
+/// A name that the TLS certificate is good for, and that nobody can resolve.
+pub const TLS_NAME: &str = "registry.pullgate.test";
 
 /// What kind of registry.
 #[derive(Clone, Copy, Default)]
@@ -119,7 +126,8 @@ async fn certificate(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     openssl
         .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"])
         .args(["-nodes", "-days", "2", "-subj", "/CN=localhost"])
-        .args(["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"])
+        .arg("-addext")
+        .arg(format!("subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:{TLS_NAME}"))
         .args(["-addext", "basicConstraints=critical,CA:FALSE"])
         .arg("-keyout")
         .arg(&key)

@@ -51,6 +51,33 @@ impl SigTag {
         Self { oci: oci.clone(), repository: image.repository.clone(), tag: image.cosign_tag(suffix) }
     }
 
+    /// What cosign signs for this image: a simple-signing document.
+    pub fn document(image: &Pushed) -> Vec<u8> {
+        let critical = serde_json::json!({
+            "identity": {"docker-reference": image.name()},
+            "image": {"docker-manifest-digest": image.digest},
+            "type": "cosign container image signature",
+        });
+        serde_json::json!({"critical": critical, "optional": null}).to_string().into_bytes()
+    }
+
+    /// Puts a signature there that was not made by cosign.
+    pub async fn make(&self, payload: &[u8], signature: &[u8]) -> Result<()> {
+        let config = b"{}";
+        for blob in [payload, config] {
+            self.oci.put_blob(&self.repository, blob).await?;
+        }
+        let mut layer = oci::descriptor("application/vnd.dev.cosign.simplesigning.v1+json", payload);
+        layer["annotations"] = serde_json::json!({SIGNATURE: STANDARD.encode(signature)});
+        self.put(&serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": oci::MANIFEST,
+            "config": oci::descriptor(oci::CONFIG, config),
+            "layers": [layer],
+        }))
+        .await
+    }
+
     /// Whether it is there.
     pub async fn exists(&self) -> Result<bool> {
         let found = self.oci.find_manifest(&self.repository, &self.tag).await?;

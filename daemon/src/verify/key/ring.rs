@@ -38,6 +38,7 @@ impl KeyRing {
     /// An empty ring. Aliases are compared with KMS again after `alias_recheck`.
     pub fn new(kms: Arc<Kms>, pins: Pins, alias_recheck: Duration, metrics: Arc<Metrics>) -> Self {
         let shelf = Shelf { held: RwLock::default(), kms, pins, alias_recheck, metrics };
+        shelf.count_conflicts();
         Self { shelf: Arc::new(shelf), flights: Flights::default() }
     }
 
@@ -86,6 +87,7 @@ impl KeyRing {
         let trusted = pin.conflict.ok_or_else(|| format!("{uri} points at the key that is trusted"))?;
         let accepted = Pin { uri: pin.uri, trusted, conflict: None };
         self.shelf.pins.put(&accepted).map_err(|e| format!("the pin can't be written: {e}"))?;
+        self.shelf.count_conflicts();
         self.forget();
         tracing::warn!(
             message_id = crate::audit::KEY_ACCEPTED,
@@ -197,6 +199,10 @@ impl Shelf {
         if let Err(error) = self.pins.put(pin) {
             tracing::warn!(key = pin.uri, %error, "a key pin can't be written; KMS is asked again after a restart");
         }
+        self.count_conflicts();
+    }
+
+    fn count_conflicts(&self) {
         let conflicts = self.pins.all().iter().filter(|pin| pin.conflict.is_some()).count();
         self.metrics.key_conflicts.set(conflicts as i64);
     }
