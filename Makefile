@@ -31,7 +31,11 @@ lint: setup ## formatting, clippy, licences and bans, shell scripts
 
 bench: setup ## measure against peers in the same run; writes docs/performance.md
 	$(CARGO) build --release --package pullgate
-	$(CARGO) run --release --package pullgate-tests --bin bench
+	$(CARGO) run --release --package pullgate-bench
+
+bench-quick: setup ## the same with few samples, on the screen only
+	$(CARGO) build --release --package pullgate
+	$(CARGO) run --release --package pullgate-bench -- --quick
 
 release: setup ## the optimised binary, target/release/pullgate
 	$(CARGO) build --release --package pullgate
@@ -39,4 +43,4 @@ release: setup ## the optimised binary, target/release/pullgate
 clean: ## remove what was built (the parts in .parts stay)
 	$(CARGO) clean
 
-.PHONY: help setup build demo test unit lint bench release clean
+.PHONY: help setup build demo test unit lint bench bench-quick release clean
