@@ -37,13 +37,13 @@ struct Trouble {
     is_damage: bool,
 }
 
-/// How many entries a sweep dropped.
+/// The entries that a sweep dropped.
 #[derive(Default, Debug, PartialEq, Eq)]
 pub struct Dropped {
     /// Because they no longer count.
-    pub expired: u64,
+    pub expired: Vec<VerdictKey>,
     /// Because there were too many.
-    pub surplus: u64,
+    pub surplus: Vec<VerdictKey>,
 }
 
 impl Disk {
@@ -86,11 +86,6 @@ impl Disk {
             Err(trouble) => *noted = Some(trouble),
         }
         noted.is_none()
-    }
-
-    /// Whether there is a disk tier.
-    pub fn is_open(&self) -> bool {
-        self.opened().is_some()
     }
 
     /// What is wrong with the disk tier, if anything.
@@ -148,20 +143,17 @@ impl Disk {
     pub fn sweep(&self, max_entries: usize, expired: impl Fn(&Stored) -> bool) -> Dropped {
         let mut dropped = Dropped::default();
         let mut kept = Vec::new();
-        let mut doomed = Vec::new();
         self.for_each(|key, stored| {
             match expired(&stored) {
-                true => doomed.push(key),
+                true => dropped.expired.push(key),
                 false => kept.push((stored.judged_at_unix, key)),
             }
             true
         });
-        dropped.expired = doomed.len() as u64;
         let surplus = kept.len().saturating_sub(max_entries);
         kept.sort_unstable();
-        doomed.extend(kept.into_iter().take(surplus).map(|(_, key)| key));
-        dropped.surplus = surplus as u64;
-        for key in &doomed {
+        dropped.surplus = kept.into_iter().take(surplus).map(|(_, key)| key).collect();
+        for key in dropped.expired.iter().chain(&dropped.surplus) {
             self.remove(key);
         }
         dropped

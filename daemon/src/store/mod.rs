@@ -7,6 +7,7 @@
 mod disk;
 mod entry;
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -146,8 +147,10 @@ impl VerdictStore {
         let dropped = self.tiers.disk.sweep(max_entries, |stored| {
             matches!(classify(Arc::new(stored.clone()), "disk", lifetimes), Found::Nothing)
         });
-        self.metrics.cache_evictions.with_label_values(&["disk", "expired"]).inc_by(dropped.expired);
-        self.metrics.cache_evictions.with_label_values(&["disk", "capacity"]).inc_by(dropped.surplus);
+        for (cause, keys) in [("expired", dropped.expired), ("capacity", dropped.surplus)] {
+            keys.iter().for_each(|key| drop(self.tiers.memory.remove(key)));
+            self.metrics.cache_evictions.with_label_values(&["disk", cause]).inc_by(keys.len() as u64);
+        }
         self.count_entries();
     }
 
@@ -158,16 +161,17 @@ impl VerdictStore {
         entries.with_label_values(&["disk"]).set(self.tiers.disk.len() as i64);
     }
 
-    /// Every verdict on disk (or in memory, where there is no disk), until `visit` says stop.
+    /// Every verdict, until `visit` says stop: those in memory, of which a full disk may not hold
+    /// all, then the others on disk.
     pub fn for_each(&self, mut visit: impl FnMut(VerdictKey, Stored) -> bool) {
-        if self.tiers.disk.is_open() {
-            return self.tiers.disk.for_each(visit);
-        }
+        let mut seen = HashSet::new();
         for (key, stored) in self.tiers.memory.iter() {
             if !visit(key, (*stored).clone()) {
                 return;
             }
+            seen.insert(key);
         }
+        self.tiers.disk.for_each(|key, stored| seen.contains(&key) || visit(key, stored));
     }
 
     /// Forgets the verdicts that `doomed` picks; how many they were.
@@ -345,6 +349,7 @@ mod tests {
             left.push(key.as_bytes()[0]);
             true
         });
+        left.sort_unstable();
         assert_eq!(left, [7, 8, 9, 10]);
     }
 
@@ -368,6 +373,9 @@ mod tests {
         assert!(store.trouble().is_some());
         keep(&store, key(1), allow());
         assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Fresh(_, "memory")));
+        // What is in memory only is listed, and purged, like everything else.
+        assert_eq!(store.purge(|_| true), 1);
+        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Nothing));
     }
 
     /// An upgrade: the old process still drains when the new one starts.
