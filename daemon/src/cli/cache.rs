@@ -10,6 +10,7 @@ use super::{AdminArgs, Ended, OK, USAGE, print};
 #[derive(clap::Subcommand, Debug)]
 pub enum Command {
     /// How many verdicts there are, and how large they are
+    #[command(after_help = "Example:\n  pullgate cache stats --output json")]
     Stats(AdminArgs),
     /// List verdicts, the newest first
     #[command(
@@ -25,6 +26,7 @@ pub enum Command {
         limit: usize,
     },
     /// Show one verdict
+    #[command(after_help = "Example:\n  pullgate cache show 3f9a")]
     Show {
         #[command(flatten)]
         admin: AdminArgs,

@@ -58,17 +58,19 @@ Examples:
   pullgate verify --output json registry.example.com/app@sha256:… | jq .reason")]
     Verify(verify::Args),
     /// Check a configuration file; every mistake at once
-    #[command(
-        after_help = "Example:\n  pullgate check-config --config ./config.yaml && systemctl reload pullgate"
-    )]
+    #[command(after_help = "Example:\n  pullgate check-config ./config.yaml && systemctl reload pullgate")]
     CheckConfig(check_config::Args),
     /// Show what the running daemon says of itself
+    #[command(after_help = "\
+Examples:
+  pullgate status
+  pullgate status --output json | jq .configError")]
     Status(AdminArgs),
     /// Look at, or forget, the verdicts that the running daemon remembers
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  pullgate cache stats")]
     Cache(cache::Command),
     /// Look at the pinned keys, or accept a re-pointed alias
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  pullgate keys list")]
     Keys(keys::Command),
     /// Print a shell completion script
     #[command(after_help = "Example:\n  pullgate completions bash > /etc/bash_completion.d/pullgate")]
@@ -77,6 +79,7 @@ Examples:
         shell: clap_complete::Shell,
     },
     /// Write the man pages (roff) into a directory
+    #[command(after_help = "Example:\n  pullgate man /usr/local/share/man/man1")]
     Man {
         /// The directory
         directory: PathBuf,
