@@ -64,6 +64,11 @@ impl World {
         self.temp.path()
     }
 
+    /// A name that no other world has.
+    pub fn name(&self) -> &str {
+        self.temp.name()
+    }
+
     /// A folder for one more thing, with a short path.
     pub fn folder(&self, name: &str) -> Result<PathBuf> {
         let number = self.names.fetch_add(1, Ordering::Relaxed);
