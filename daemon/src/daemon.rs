@@ -28,6 +28,8 @@ use crate::verify::key::pins::Pins;
 const DRAIN: Duration = Duration::from_secs(25);
 /// Expired verdicts are dropped this often.
 const SWEEP: Duration = Duration::from_secs(600);
+/// Who may speak to the admin socket, whoever may speak to the gate.
+const ADMINS: &[u32] = &[0];
 /// A node has many cores and few pulls.
 const MOST_WORKERS: usize = 4;
 
@@ -91,7 +93,7 @@ async fn serve(path: PathBuf, loaded: Loaded) -> Ended {
     let serving = tokio::spawn(serve::grpc(gate_socket, uids.clone(), running.clone(), DRAIN, route));
     let admin = Arc::new(Admin::new(Arc::clone(&gate), Arc::clone(&reloader)));
     let answer = move |request| Arc::clone(&admin).answer(request);
-    tokio::spawn(serve::http1(admin_socket, uids.clone(), running.clone(), answer));
+    tokio::spawn(serve::http1(admin_socket, ADMINS.to_vec(), running.clone(), answer));
     metrics_socket.serve(uids, running, Arc::clone(&gate));
     tokio::spawn(sweep(Arc::clone(&engine)));
     tokio::spawn(Arc::clone(&reloader).watch());
@@ -171,6 +173,8 @@ impl MetricsSocket {
 }
 
 async fn sweep(engine: Arc<Engine>) {
+    let counted = Arc::clone(&engine);
+    tokio::task::spawn_blocking(move || counted.store().recount());
     let mut ticks = tokio::time::interval(SWEEP);
     ticks.tick().await;
     loop {

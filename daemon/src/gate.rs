@@ -26,8 +26,9 @@ pub struct Gate {
     /// containerd's image store.
     pub image_store: ImageStore,
     /// Digests of names of images that were allowed, by the name and the image's id. The id is
-    /// the hash of the image's config, and so of all its content: while a name resolves to it,
-    /// the digest that was proved for it stands, whatever record the name points to by now.
+    /// the hash of the image's config, which names its content: while containerd resolves the
+    /// name to it, the digest that was proved stands. That spares a call of containerd's API for
+    /// each `ImageStatus`; only root can give a name another digest with the same id unproved.
     pub known_names: Cache<(String, String), Digest>,
     /// Metrics.
     pub metrics: Arc<Metrics>,

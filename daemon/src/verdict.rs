@@ -138,6 +138,16 @@ pub struct Failure {
     pub reason: FailureReason,
     /// What could not be done, and why.
     pub found: String,
+    /// Whether something is away or overloaded, so that an old allow verdict may stand in; not
+    /// so when it answered that it won't.
+    pub is_away: bool,
+}
+
+impl Failure {
+    /// The same failure, but by a clear answer: no old verdict stands in for it.
+    pub fn by_refusal(self) -> Self {
+        Self { is_away: false, ..self }
+    }
 }
 
 /// What stops a verification: a denial or a failure.
@@ -159,7 +169,8 @@ impl DenyReason {
 impl FailureReason {
     /// A failure for this reason.
     pub fn because(self, found: impl Into<String>) -> Failure {
-        Failure { reason: self, found: found.into() }
+        let is_away = !matches!(self, Self::RegistryAuth | Self::ImageNotFound);
+        Failure { reason: self, found: found.into(), is_away }
     }
 }
 

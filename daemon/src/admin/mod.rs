@@ -141,7 +141,7 @@ impl Admin {
         let uri = query.get("uri").ok_or((StatusCode::BAD_REQUEST, "which uri?".to_owned()))?;
         // As a rule spells it, or as it is pinned: both name one key.
         let label = KeyUri::parse(uri).map_or_else(|_| uri.clone(), |parsed| parsed.label());
-        match self.gate.engine.active().keys.accept(&label) {
+        match self.gate.engine.active().keys.accept(&label, query.get("sha256").map(String::as_str)) {
             Ok(pin) => Ok(json!({ "accepted": pin })),
             Err(error) => Err((StatusCode::CONFLICT, error)),
         }

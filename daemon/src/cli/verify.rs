@@ -31,7 +31,8 @@ pub async fn verify(args: Args) -> Ended {
     let loaded = Config::load(&args.config.config).map_err(|errors| (USAGE, errors.to_string()))?;
     let metrics = Arc::new(Metrics::new().map_err(|e| (TRANSIENT, e.to_string()))?);
     let patience = loaded.config.deadline;
-    let active = Active::build(loaded, None, Pins::none(), &metrics);
+    let pins = Pins::only_read(loaded.config.state_dir.join("keys"));
+    let active = Active::build(loaded, None, pins, &metrics);
     let store = Arc::new(VerdictStore::in_memory(Arc::clone(&metrics)));
     let engine = Engine::new(active, store, metrics);
     let ask = Ask { image: args.image, present: None, credentials: Credentials::none(), patience };

@@ -31,6 +31,11 @@ impl AnnotationRequirement {
         self.alternatives.iter().any(|pattern| pattern.matches(value))
     }
 
+    /// The alternatives, as they are written.
+    pub fn alternatives(&self) -> impl Iterator<Item = &str> {
+        self.alternatives.iter().map(|pattern| pattern.text.as_str())
+    }
+
     /// Reads a value, or a list of them.
     pub(super) fn read(node: &Node) -> Result<Self, Complaint> {
         let alternatives = match &node.data {

@@ -21,6 +21,8 @@ pub(super) struct ImageGlob {
     prefix: String,
     /// Whether tag or digest belong to what is matched.
     whole: bool,
+    /// Whether there is an `@` in it.
+    names_digest: bool,
     form: Form,
 }
 
@@ -86,12 +88,17 @@ impl ImageGlob {
             Some([Piece::Star, Piece::Star]) => Form::Below,
             rest => Form::Wild(Box::new(Wild::new(text, rest.unwrap_or_default()))),
         };
-        Self { prefix, whole, form }
+        Self { prefix, whole, names_digest: text.contains('@'), form }
     }
 
     /// Whether an image is meant; `full` is its repository with its tag or digest.
     pub fn matches(&self, repository: &str, full: &str) -> bool {
-        let name = if self.whole { full } else { repository };
+        let name = match self.whole {
+            // A glob over tags means no digest, whatever its `*` would take.
+            true if full.contains('@') && !self.names_digest => return false,
+            true => full,
+            false => repository,
+        };
         match &self.form {
             Form::Literal => name == self.prefix,
             Form::Below => name.starts_with(&self.prefix),
@@ -257,6 +264,8 @@ mod tests {
             ("docker.io/library/busybox:1.*", "busybox:1.36", true),
             ("docker.io/library/busybox:1.*", "busybox:2", false),
             ("docker.io/library/busybox:1.*", &digest("busybox:1.36"), false),
+            ("docker.io/*/*:*", &digest("busybox"), false),
+            ("docker.io/library/*:aaa*", &digest("busybox"), false),
             ("docker.io/library/busybox@*", &digest("busybox"), true),
             ("docker.io/library/busybox@*", "busybox", false),
             ("quay.io/*", "quay.io/a", true),

@@ -114,7 +114,8 @@ mod tests {
             let last = text.rsplit('/').next().unwrap();
             let whole = last != text && (last.contains(':') || last.contains('@'));
             let name = if whole { reference.to_string() } else { reference.repository.to_string() };
-            matcher.is_match(name)
+            let over_tags = whole && !last.contains('@');
+            matcher.is_match(&name) && !(over_tags && name.contains('@'))
         })
     }
 

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use http::{Request, Response};
 use hyper::body::Incoming;
 use prost::Message;
@@ -78,14 +79,22 @@ impl Question<'_> {
                 return Ok(false);
             }
         }
-        for name in self.image.repo_digests.iter().chain(&self.image.repo_tags) {
-            if let Some(digest) = self.digest_of(name).await?
-                && self.judge(name, digest, deadline).await
-            {
+        // All at once: a name whose registry hangs must not use up the patience of the others.
+        let names = self.image.repo_digests.iter().chain(&self.image.repo_tags);
+        let mut judged: FuturesUnordered<_> = names.map(|name| self.is_allowed_as(name, deadline)).collect();
+        while let Some(allowed) = judged.next().await {
+            if allowed? {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+
+    async fn is_allowed_as(&self, name: &str, deadline: tokio::time::Instant) -> Result<bool, Status> {
+        match self.digest_of(name).await? {
+            Some(digest) => Ok(self.judge(name, digest, deadline).await),
+            None => Ok(false),
+        }
     }
 
     /// The digest of `name`'s record, provided that it is this image's.

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::images_client::ImagesClient;
@@ -22,6 +23,8 @@ use crate::digest::Digest;
 
 /// By this label the CRI plugin knows the images that it manages.
 const MANAGED: (&str, &str) = ("io.cri-containerd.image", "managed");
+/// containerd's own store answers within milliseconds, or not at all.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// Manifests larger than this are not read (containerd's own limit on manifests is 8 MiB).
 const MAX_MANIFEST: usize = 8 << 20;
 
@@ -141,6 +144,8 @@ impl ImageStore {
         let namespace =
             self.namespace.parse().map_err(|_| Status::internal("containerd.namespace is no metadata"))?;
         request.metadata_mut().insert("containerd-namespace", namespace);
+        // containerd heeds it; a pull must not wait for ever for a name to be written.
+        request.set_timeout(ANSWER_WITHIN);
         Ok(request)
     }
 }

@@ -15,7 +15,7 @@ struct Inputs<'a> {
     key_uri: &'a str,
     key_sha256: &'a str,
     remote_verify: bool,
-    annotations: Vec<(&'a str, String)>,
+    annotations: Vec<(&'a str, Vec<&'a str>)>,
 }
 
 /// The fingerprint of a rule's requirement with the key that it resolves to. The rule's glob,
@@ -29,7 +29,7 @@ pub fn of(required: &SignedBy, key: &TrustedKey) -> [u8; 32] {
         annotations: required
             .annotations
             .iter()
-            .map(|(name, value)| (name.as_str(), value.to_string()))
+            .map(|(name, value)| (name.as_str(), value.alternatives().collect()))
             .collect(),
     };
     // Serialising strings, numbers and lists into memory can't fail; if it ever did, the empty

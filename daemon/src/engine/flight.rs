@@ -77,9 +77,10 @@ where
         let (sender, result) = watch::channel(None);
         let under_way = Arc::clone(&self.under_way);
         let task = tokio::spawn(async move {
-            // Out of the map first: who asks after the answer starts anew (or finds it stored).
-            let _landing = Landing { under_way, key, serial };
+            let landing = Landing { under_way, key, serial };
             let answer = work.await;
+            // Out of the map first: who asks after the answer starts anew (or finds it stored).
+            drop(landing);
             sender.send_replace(Some(answer));
         });
         Flight { result, abort: task.abort_handle(), waiting: 0, keep: false, serial }
@@ -108,6 +109,16 @@ impl<K: Hash + Eq, T: Clone> Ticket<K, T> {
         match self.result.wait_for(Option::is_some).await {
             Ok(answer) => answer.clone(),
             Err(_) => None,
+        }
+    }
+
+    /// Lets the work go on even if everybody goes away.
+    pub fn keep_running(&self) {
+        let mut under_way = lock(&self.under_way);
+        if let Some(flight) = self.key.as_ref().and_then(|key| under_way.get_mut(key))
+            && flight.serial == self.serial
+        {
+            flight.keep = true;
         }
     }
 

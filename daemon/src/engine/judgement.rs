@@ -84,13 +84,13 @@ impl Permit {
     }
 
     /// A stored allow verdict is about one digest of one repository, and only that is permitted.
-    pub(super) fn proved(reference: Reference, stored: &Stored) -> Result<Self, Stop> {
+    pub(super) fn proved(reference: Reference, asked: &Digest, stored: &Stored) -> Result<Self, Stop> {
         let mismatch = || DenyReason::MalformedEvidence.because("the stored verdict is about another image");
-        let digest: Digest = stored.digest.parse().map_err(|_| mismatch())?;
-        let same = stored.repository == reference.repository.to_string()
+        let same = stored.digest == asked.as_str()
+            && stored.repository == reference.repository.to_string()
             && matches!(stored.verdict, Verdict::Allow(_));
         match same {
-            true => Ok(Self { reference, digest: Some(digest) }),
+            true => Ok(Self { reference, digest: Some(asked.clone()) }),
             false => Err(mismatch().into()),
         }
     }

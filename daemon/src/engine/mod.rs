@@ -5,10 +5,12 @@ pub mod flight;
 pub mod judgement;
 mod verification;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use prometheus::IntGauge;
 use tokio::sync::Semaphore;
 
 use crate::config::{Config, DefaultAction, Loaded, SignedBy, Strategy};
@@ -26,7 +28,7 @@ use judgement::{AppliedRule, CacheState, Judgement, Outcome, Permit};
 use verification::Verification;
 
 /// A verification that outlived its callers is given up after this long.
-const LONGEST_VERIFICATION: Duration = Duration::from_secs(60);
+const LONGEST_VERIFICATION: Duration = Duration::from_secs(30);
 
 /// One question.
 #[derive(Clone, Debug)]
@@ -103,14 +105,38 @@ pub struct Engine {
     store: Arc<VerdictStore>,
     flights: Flights<(VerdictKey, Credentials), Result<Arc<Stored>, Failure>>,
     at_once: Arc<Semaphore>,
+    at_registries: Mutex<HashMap<String, Arc<Semaphore>>>,
     metrics: Arc<Metrics>,
+}
+
+/// One more in a gauge, for as long as it lives: also when its task is cancelled.
+struct Counted<'a>(&'a IntGauge);
+
+impl<'a> Counted<'a> {
+    fn up(gauge: &'a IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 impl Engine {
     /// An engine that decides by `active`.
     pub fn new(active: Active, store: Arc<VerdictStore>, metrics: Arc<Metrics>) -> Self {
         let at_once = Arc::new(Semaphore::new(active.config.limits.concurrent_verifications));
-        Self { active: ArcSwap::from_pointee(active), store, flights: Flights::default(), at_once, metrics }
+        Self {
+            active: ArcSwap::from_pointee(active),
+            store,
+            flights: Flights::default(),
+            at_once,
+            at_registries: Mutex::default(),
+            metrics,
+        }
     }
 
     /// The policy in force.
@@ -161,6 +187,7 @@ impl Engine {
         let patience = tokio::time::Instant::from_std(started + ask.patience);
         let digest = within(patience, digest(ask, active, &reference, &access)).await?;
         judgement.digest = Some(digest.clone());
+        let asked = digest.clone();
         let key = within(patience, active.keys.get(&signed_by.key, signed_by.remote_verify)).await?;
         let verification =
             Verification::new(active, &reference, digest, signed_by, key, access, ask.present.is_none());
@@ -168,7 +195,7 @@ impl Engine {
         match &stored.verdict {
             Verdict::Allow(proof) => {
                 judgement.proof = Some(proof.clone());
-                Ok(Outcome::Allowed(AllowReason::Signed, Permit::proved(reference, &stored)?))
+                Ok(Outcome::Allowed(AllowReason::Signed, Permit::proved(reference, &asked, &stored)?))
             }
             Verdict::Deny(denial) => Err(denial.clone().into()),
         }
@@ -202,7 +229,7 @@ impl Engine {
                     judgement.cache = CacheState::Hit(tier);
                     return Ok(stored);
                 }
-                let Some(stored) = stale else { return Err(failure.into()) };
+                let Some(stored) = stale.filter(|_| failure.is_away) else { return Err(failure.into()) };
                 judgement.cache = CacheState::Stale(failure.reason);
                 self.metrics.stale_allows.inc();
                 Ok(stored)
@@ -219,12 +246,16 @@ impl Engine {
         let whose = verification.access().credentials.clone();
         let (mut ticket, joined) = self.flights.join((key, whose), || {
             let (store, at_once, metrics) = (self.store.clone(), self.at_once.clone(), self.metrics.clone());
+            let at_registry = self.at_registry(verification.registry());
             async move {
-                // The semaphore is never closed; without a permit nothing is verified.
-                let _permit = at_once.acquire_owned().await.map_err(|_| timeout())?;
-                metrics.in_flight.inc();
-                let verdict = tokio::time::timeout(LONGEST_VERIFICATION, verification.run()).await;
-                metrics.in_flight.dec();
+                let work = async {
+                    // The semaphores are never closed; without a permit nothing is verified.
+                    let _place = at_registry.acquire_owned().await.map_err(|_| timeout())?;
+                    let _permit = at_once.acquire_owned().await.map_err(|_| timeout())?;
+                    let _counted = Counted::up(&metrics.in_flight);
+                    verification.run().await
+                };
+                let verdict = tokio::time::timeout(LONGEST_VERIFICATION, work).await;
                 let stored = store.remember(key, verdict.unwrap_or_else(|_| Err(timeout()))?);
                 let to_disk = Arc::clone(&stored);
                 tokio::task::spawn_blocking(move || store.persist(&key, &to_disk));
@@ -241,6 +272,14 @@ impl Engine {
                 Err(timeout())
             }
         }
+    }
+
+    /// The places of one registry: a slow one must not hold up the others.
+    fn at_registry(&self, registry: &str) -> Arc<Semaphore> {
+        let mut all = self.at_registries.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, semaphore| Arc::strong_count(semaphore) > 1);
+        let places = (self.active.load().config.limits.concurrent_verifications / 2).max(1);
+        Arc::clone(all.entry(registry.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(places))))
     }
 
     fn count(&self, judgement: &Judgement) {

@@ -57,6 +57,11 @@ impl Verification {
         VerdictKey::new(&self.repository, &self.digest, &fingerprint::of(&self.required, &self.key))
     }
 
+    /// The registry that it asks.
+    pub(super) fn registry(&self) -> &str {
+        self.repository.registry()
+    }
+
     pub(super) fn access(&self) -> &Access {
         &self.access
     }
@@ -74,18 +79,24 @@ impl Verification {
     async fn prove(&self) -> Result<Proof, Stop> {
         // Both at once: the second does not depend on the first, and a round trip is saved.
         let (image, signatures) = tokio::join!(
-            self.look_at_image(),
+            async { if self.look_at_image { self.see_image().await } else { Ok(()) } },
             Signatures::list(&self.registry, &self.repository, &self.digest, &self.limits, &self.access),
         );
         image?;
-        self.any_good(&signatures?).await
+        match signatures {
+            Ok(signatures) => self.any_good(&signatures).await,
+            Err(Stop::Denied(denial)) if denial.reason == DenyReason::Unsigned && !self.look_at_image => {
+                // Some registries say "not found" to whoever may not read: only who sees the
+                // image knows that it has no signature.
+                self.see_image().await?;
+                Err(denial.into())
+            }
+            Err(stop) => Err(stop),
+        }
     }
 
     /// The image's manifest must be there, and its bytes must hash to its digest.
-    async fn look_at_image(&self) -> Result<(), Stop> {
-        if !self.look_at_image {
-            return Ok(());
-        }
+    async fn see_image(&self) -> Result<(), Stop> {
         let at = Pointer::Digest(self.digest.clone());
         match self.registry.manifest(&self.repository, &at, self.limits.manifest_size, &self.access).await {
             Ok(_) => Ok(()),

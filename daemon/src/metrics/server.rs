@@ -8,6 +8,7 @@ use http::{Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
 use crate::gate::Gate;
 use crate::listener::serve::{self, Running};
@@ -15,9 +16,15 @@ use crate::listener::serve::{self, Running};
 /// How long the next hop may take before it counts as not answering.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
+/// Connections at once to the TCP socket.
+const MOST_CONNECTIONS: usize = 32;
+
 /// Serves on a TCP socket until `running` ends.
 pub async fn tcp(socket: TcpListener, mut running: Running, gate: Arc<Gate>) {
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     loop {
+        // Anybody on the node may connect: they wait for each other, never the gate for them.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let stream = tokio::select! {
             accepted = socket.accept() => match accepted {
                 Ok((stream, _)) => stream,
@@ -31,7 +38,10 @@ pub async fn tcp(socket: TcpListener, mut running: Running, gate: Arc<Gate>) {
         };
         let gate = Arc::clone(&gate);
         let answer = move |request| answer(Arc::clone(&gate), request);
-        tokio::spawn(serve::http1_connection(TokioIo::new(stream), Arc::new(answer)));
+        tokio::spawn(async move {
+            serve::http1_connection(TokioIo::new(stream), Arc::new(answer)).await;
+            drop(place);
+        });
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use super::entry::{Stored, VerdictKey};
@@ -21,6 +22,8 @@ pub struct Disk {
     /// The store's folder; `None` when there shall be no disk tier.
     path: Option<PathBuf>,
     open: RwLock<Option<Open>>,
+    /// sled counts by reading every entry, so they are counted here; see [`Self::recount`].
+    entries: AtomicUsize,
     trouble: Mutex<Option<Trouble>>,
 }
 
@@ -57,12 +60,13 @@ impl Disk {
                 (None, Some(trouble))
             }
         };
-        Self { path: Some(path), open: RwLock::new(open), trouble: Mutex::new(trouble) }
+        let entries = AtomicUsize::new(0);
+        Self { path: Some(path), open: RwLock::new(open), entries, trouble: Mutex::new(trouble) }
     }
 
     /// No disk at all.
     pub fn none() -> Self {
-        Self { path: None, open: RwLock::new(None), trouble: Mutex::new(None) }
+        Self { path: None, open: RwLock::new(None), entries: AtomicUsize::new(0), trouble: Mutex::new(None) }
     }
 
     /// Closes what is open and opens it anew; says whether it works again. Blocks for as long as
@@ -109,16 +113,24 @@ impl Disk {
         let open = self.opened();
         let Some(open) = &*open else { return self.trouble().map_or(Ok(()), Err) };
         let value = serde_json::to_vec(stored).map_err(|e| e.to_string())?;
-        self.told(guarded(|| {
-            open.verdicts.insert(key.as_bytes(), value)?;
-            open.verdicts.flush().map(drop)
-        }))
+        let before = self.told(guarded(|| {
+            let before = open.verdicts.insert(key.as_bytes(), value)?;
+            open.verdicts.flush()?;
+            Ok(before)
+        }))?;
+        if before.is_none() {
+            self.entries.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Removes one entry.
     pub fn remove(&self, key: &VerdictKey) {
-        if let Some(open) = &*self.opened() {
-            let _ = self.told(guarded(|| open.verdicts.remove(key.as_bytes())));
+        if let Some(open) = &*self.opened()
+            && let Ok(Some(_)) = self.told(guarded(|| open.verdicts.remove(key.as_bytes())))
+        {
+            let one_less = |entries: usize| Some(entries.saturating_sub(1));
+            let _ = self.entries.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
         }
     }
 
@@ -159,9 +171,16 @@ impl Disk {
         dropped
     }
 
-    /// Entries.
-    pub fn len(&self) -> usize {
-        self.opened().as_ref().map_or(0, |open| guarded(|| Ok(open.verdicts.len())).unwrap_or(0))
+    /// Entries, as far as they were counted.
+    pub fn entries(&self) -> usize {
+        self.entries.load(Ordering::Relaxed)
+    }
+
+    /// Counts the entries by reading them all.
+    pub fn recount(&self) {
+        let counted =
+            self.opened().as_ref().map_or(0, |open| guarded(|| Ok(open.verdicts.len())).unwrap_or(0));
+        self.entries.store(counted, Ordering::Relaxed);
     }
 
     /// Bytes on disk.

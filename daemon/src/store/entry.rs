@@ -77,7 +77,8 @@ impl Stored {
 
     /// When it was reached.
     pub fn judged_at(&self) -> SystemTime {
-        UNIX_EPOCH + Duration::from_secs(self.judged_at_unix)
+        // A time that can't be is damage; it counts as the oldest.
+        UNIX_EPOCH.checked_add(Duration::from_secs(self.judged_at_unix)).unwrap_or(UNIX_EPOCH)
     }
 
     /// Whether it allows.
@@ -102,10 +103,5 @@ impl Stored {
             verdict: Verdict::Deny(reason.because("an example")),
             judged_at_unix: now.as_secs(),
         }
-    }
-
-    pub(super) fn judged_before(mut self, age: Duration) -> Self {
-        self.judged_at_unix -= age.as_secs();
-        self
     }
 }

@@ -25,6 +25,9 @@ const MEMORY_ENTRIES: usize = 4096;
 /// A disk tier that failed is tried again after this long, until it works.
 const MEND_PAUSE: Duration = Duration::from_secs(5);
 
+/// A clock may be set back by so much without costing verdicts.
+const CLOCK_STEP: Duration = Duration::from_secs(300);
+
 /// How long verdicts count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lifetimes {
@@ -154,11 +157,16 @@ impl VerdictStore {
         self.count_entries();
     }
 
+    /// Counts what is on disk, by reading it all; from then on it is kept count of.
+    pub fn recount(&self) {
+        self.tiers.disk.recount();
+    }
+
     /// Updates the entry gauges.
     pub fn count_entries(&self) {
         let entries = &self.metrics.cache_entries;
         entries.with_label_values(&["memory"]).set(self.tiers.memory.len() as i64);
-        entries.with_label_values(&["disk"]).set(self.tiers.disk.len() as i64);
+        entries.with_label_values(&["disk"]).set(self.tiers.disk.entries() as i64);
     }
 
     /// Every verdict, until `visit` says stop: those in memory, of which a full disk may not hold
@@ -193,7 +201,7 @@ impl VerdictStore {
 
     /// Verdicts in memory and on disk, and bytes on disk.
     pub fn size(&self) -> (usize, usize, u64) {
-        (self.tiers.memory.len(), self.tiers.disk.len(), self.tiers.disk.bytes())
+        (self.tiers.memory.len(), self.tiers.disk.entries(), self.tiers.disk.bytes())
     }
 
     /// Why verdicts are not kept on disk, if they are not.
@@ -210,6 +218,8 @@ impl VerdictStore {
 /// Tries again and again until the disk tier works, and writes out what memory holds meanwhile.
 fn mend(patient: Weak<Tiers>) {
     loop {
+        // A thread of its own, which blocks nobody.
+        #[allow(clippy::disallowed_methods)]
         std::thread::sleep(MEND_PAUSE);
         let Some(tiers) = patient.upgrade() else { return };
         if !tiers.disk.reopen() {
@@ -217,6 +227,7 @@ fn mend(patient: Weak<Tiers>) {
         }
         let written = tiers.memory.iter().try_for_each(|(key, stored)| tiers.disk.put(&key, &stored));
         if written.is_ok() {
+            tiers.disk.recount();
             tracing::info!("verdicts are kept on disk again");
             tiers.mending.store(false, Ordering::Release);
             return;
@@ -225,8 +236,12 @@ fn mend(patient: Weak<Tiers>) {
 }
 
 fn classify(stored: Arc<Stored>, tier: &'static str, lifetimes: &Lifetimes) -> Found {
-    // A clock that was set back makes a verdict look new; it counts from its own time on.
-    let age = SystemTime::now().duration_since(stored.judged_at()).unwrap_or_default();
+    // A verdict from the future was reached under a wrong clock: nobody knows how old it is.
+    let age = match SystemTime::now().duration_since(stored.judged_at()) {
+        Ok(age) => age,
+        Err(ahead) if ahead.duration() < CLOCK_STEP => Duration::ZERO,
+        Err(_) => return Found::Nothing,
+    };
     let lifetime = if stored.is_allow() { lifetimes.positive } else { lifetimes.negative };
     match stored.is_allow() {
         _ if age < lifetime => Found::Fresh(stored, tier),
@@ -250,8 +265,9 @@ mod tests {
         VerdictKey::from_bytes([n; 32])
     }
 
-    fn aged(stored: Stored, seconds: u64) -> Stored {
-        stored.judged_before(Duration::from_secs(seconds))
+    fn aged(mut stored: Stored, seconds: i64) -> Stored {
+        stored.judged_at_unix = stored.judged_at_unix.saturating_add_signed(-seconds);
+        stored
     }
 
     fn open(directory: &Path) -> VerdictStore {
@@ -279,6 +295,8 @@ mod tests {
             (allow(), 151, "nothing"),
             (deny(), 9, "fresh"),
             (deny(), 11, "nothing"),
+            (allow(), -1, "fresh"),
+            (allow(), -301, "nothing"),
         ];
         for (n, (stored, age, expected)) in cases.into_iter().enumerate() {
             keep(&store, key(n as u8), aged(stored, age));
@@ -341,7 +359,7 @@ mod tests {
         let store = open(directory.path());
         keep(&store, key(0), aged(allow(), 151));
         for n in 1..=10 {
-            keep(&store, key(n), aged(allow(), 100 - u64::from(n)));
+            keep(&store, key(n), aged(allow(), 100 - i64::from(n)));
         }
         store.sweep(&LIFETIMES, 4);
         let mut left = Vec::new();
@@ -398,6 +416,7 @@ mod tests {
         for n in [1, 2] {
             assert!(matches!(new.find(&key(n), &LIFETIMES), Found::Fresh(..)), "{n}");
         }
+        new.recount();
         assert_eq!(new.size().1, 2);
     }
 }

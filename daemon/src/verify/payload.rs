@@ -9,8 +9,8 @@ use crate::verdict::{Denial, DenyReason};
 
 /// `critical.type` of a cosign image signature; an attestation has another one.
 const TYPE: &str = "cosign container image signature";
-/// Signed annotations that are kept with a verdict, bytes in all.
-const MAX_KEPT_ANNOTATIONS: usize = 16 << 10;
+/// What is kept of a payload with a verdict, bytes in all.
+const MAX_KEPT: usize = 16 << 10;
 
 /// A payload whose signature was verified. Only [`super::signature`] makes one.
 #[derive(Debug)]
@@ -71,9 +71,9 @@ impl Payload {
             .map(|(name, value)| (name, text(value)))
             .collect();
         let size: usize = annotations.iter().map(|(name, value)| name.len() + value.len()).sum();
-        if size > MAX_KEPT_ANNOTATIONS {
+        if size + document.critical.identity.docker_reference.len() > MAX_KEPT {
             return Err(DenyReason::EvidenceTooLarge
-                .because(format!("the signed annotations are larger than {MAX_KEPT_ANNOTATIONS} bytes")));
+                .because(format!("the signed annotations and name are larger than {MAX_KEPT} bytes")));
         }
         Ok(Self { digest, docker_reference: document.critical.identity.docker_reference, annotations })
     }
@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn oversized_annotations_are_denied() {
         let digest = Digest::sha256(b"x");
-        let optional = format!(r#"{{"a":"{}"}}"#, "x".repeat(MAX_KEPT_ANNOTATIONS));
+        let optional = format!(r#"{{"a":"{}"}}"#, "x".repeat(MAX_KEPT));
         let denial = Payload::parse(&payload(TYPE, digest.as_str(), &optional)).unwrap_err();
         assert_eq!(denial.reason, DenyReason::EvidenceTooLarge);
     }

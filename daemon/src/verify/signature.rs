@@ -88,15 +88,16 @@ async fn signed_by(candidate: &Candidate, key: &TrustedKey) -> Result<Scheme, St
     let no_match = || -> Denial {
         DenyReason::InvalidSignature.because("there are signatures, but none verifies with this key")
     };
-    if let Some(remote) = key.remote() {
-        return match remote.verify(&candidate.payload, &candidate.signature).await? {
-            Some(scheme) => Ok(scheme),
-            None => Err(no_match().into()),
-        };
-    }
     for scheme in key.schemes() {
         if verifies(candidate, key, *scheme)? {
-            return Ok(*scheme);
+            // KMS is only asked about what the pinned key verifies: junk costs no request, and
+            // KMS can forbid what the pin allows, never the other way round.
+            return match key.remote() {
+                Some(remote) if !remote.verify(*scheme, &candidate.payload, &candidate.signature).await? => {
+                    Err(no_match().into())
+                }
+                _ => Ok(*scheme),
+            };
         }
     }
     Err(no_match().into())

@@ -99,6 +99,7 @@ fn connect_phrase(kind: Option<io::ErrorKind>) -> &'static str {
 }
 
 fn tls_phrase(error: &rustls::Error) -> &'static str {
+    eprintln!("DBG {error:?}");
     let rustls::Error::InvalidCertificate(certificate) = error else {
         return match error {
             rustls::Error::InvalidMessage(_) => "does not speak TLS",

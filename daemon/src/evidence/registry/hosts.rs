@@ -61,6 +61,12 @@ impl Endpoint {
         }
         url
     }
+
+    /// Whether the node's own credentials (ECR, docker configuration) may be used here: not at a
+    /// mirror that would hear them in the clear over a network.
+    pub(super) fn may_know_the_node(&self) -> bool {
+        !self.is_mirror || self.base.scheme() == "https" || self.base.host_str().is_some_and(is_localhost)
+    }
 }
 
 /// The configured hosts, read from `certs.d` and remembered for a few seconds.

@@ -316,6 +316,9 @@ impl Registry {
         if let Some(login) = want.access.credentials.login(&endpoint.base)? {
             return Ok(login);
         }
+        if !endpoint.may_know_the_node() {
+            return Ok(Login::ANONYMOUS);
+        }
         let (registry, path) = (want.repository.registry(), want.repository.path());
         let ecr = match EcrRegistry::parse(registry) {
             Some(ecr) => Some(self.ecr.login(&ecr).await),

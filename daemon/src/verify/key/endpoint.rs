@@ -131,8 +131,10 @@ impl Fault {
                     let failure = FailureReason::KmsThrottled.because(format!("{operation} is throttled"));
                     return Self { failure, again: true, away: false };
                 }
-                let failure = unavailable(&format!("{operation} answers {code}"));
                 let its_own = service.raw().status().is_server_error();
+                let failure = unavailable(&format!("{operation} answers {code}"));
+                // A key that is disabled or forbidden is not away.
+                let failure = if its_own { failure } else { failure.by_refusal() };
                 return Self { failure, again: its_own, away: its_own };
             }
             SdkError::ConstructionFailure(_) => ("no AWS credentials or Region were found", false),

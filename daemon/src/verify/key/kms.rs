@@ -19,7 +19,7 @@ use super::trusted::Scheme;
 use super::uri::KmsKey;
 use crate::config::Aws;
 use crate::metrics::Metrics;
-use crate::verdict::Failure;
+use crate::verdict::{DenyReason, Failure, Stop};
 
 /// A Region, and an endpoint other than its own.
 type Place = (String, Option<String>);
@@ -76,9 +76,11 @@ impl Kms {
         scheme: Scheme,
         message: &[u8],
         signature: &[u8],
-    ) -> Result<bool, Failure> {
-        let (algorithm, hash) = algorithm(scheme, message)
-            .ok_or_else(|| about(key, unavailable("KMS does not verify Ed25519 over a digest")))?;
+    ) -> Result<bool, Stop> {
+        let (algorithm, hash) = algorithm(scheme, message).ok_or_else(|| {
+            DenyReason::UntrustedIdentity
+                .because("KMS does not verify Ed25519 over a digest: drop `remoteVerify`")
+        })?;
         let (hash, signature) = (Blob::new(hash), Blob::new(signature));
         self.ask(key, "Verify", |client, id| {
             let request = client
@@ -97,6 +99,7 @@ impl Kms {
             }
         })
         .await
+        .map_err(Stop::from)
     }
 
     /// Asks in one Region after the other until one answers.
@@ -164,7 +167,7 @@ impl Kms {
         };
         let own = self.settings.regions.get(&region).and_then(|own| own.kms_endpoint.as_ref());
         let configured = own.or(self.settings.kms_endpoint.as_ref());
-        let url = configured.map(|url| url.to_string()).or_else(|| key.endpoint.clone());
+        let url = key.endpoint.clone().or_else(|| configured.map(|url| url.to_string()));
         let mut endpoints = self.endpoints.lock().await;
         let slot = (region.clone(), url.clone());
         if let Some(endpoint) = endpoints.get(&slot) {
@@ -186,27 +189,23 @@ fn about(key: &KmsKey, failure: Failure) -> Failure {
 pub struct RemoteVerifier {
     kms: Arc<Kms>,
     key: KmsKey,
-    schemes: &'static [Scheme],
 }
 
 impl RemoteVerifier {
-    /// KMS verifies by `key`, which is of a kind that fits `schemes`.
-    pub fn new(kms: Arc<Kms>, key: KmsKey, schemes: &'static [Scheme]) -> Self {
-        Self { kms, key, schemes }
+    /// KMS verifies by `key`: the pinned key's own id, never an alias that may have moved.
+    pub fn new(kms: Arc<Kms>, key: KmsKey) -> Self {
+        Self { kms, key }
     }
 
-    /// The scheme by which `signature` (base64) over `message` is good, if it is.
+    /// Whether KMS says that `signature` (base64) over `message` is good.
     ///
     /// # Errors
-    /// `kms-throttled` or `kms-unavailable`.
-    pub async fn verify(&self, message: &[u8], signature: &str) -> Result<Option<Scheme>, Failure> {
-        let Ok(signature) = BASE64.decode(signature) else { return Ok(None) };
-        for scheme in self.schemes {
-            if self.kms.verify(&self.key, *scheme, message, &signature).await? {
-                return Ok(Some(*scheme));
-            }
+    /// `kms-throttled` or `kms-unavailable`; a denial for a kind of key that KMS can't verify with.
+    pub async fn verify(&self, scheme: Scheme, message: &[u8], signature: &str) -> Result<bool, Stop> {
+        match BASE64.decode(signature) {
+            Ok(signature) => self.kms.verify(&self.key, scheme, message, &signature).await,
+            Err(_) => Ok(false),
         }
-        Ok(None)
     }
 }
 

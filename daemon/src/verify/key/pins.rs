@@ -4,8 +4,10 @@
 //! another key. Files, not sled: they must outlive a verdict store that is set aside, and an
 //! operator may want to read them.
 
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -14,7 +16,10 @@ use sha2::{Digest as _, Sha256};
 
 /// A directory of pins.
 pub struct Pins {
-    directory: Option<PathBuf>,
+    directory: PathBuf,
+    is_writable: bool,
+    /// What could not be written, or may not be: trusted until the process ends all the same.
+    kept: Mutex<HashMap<String, Pin>>,
 }
 
 /// One pin.
@@ -56,24 +61,36 @@ impl PinnedKey {
 impl Pins {
     /// The pins in `directory`, which is made when the first pin is written.
     pub fn in_directory(directory: PathBuf) -> Self {
-        Self { directory: Some(directory) }
+        Self { directory, is_writable: true, kept: Mutex::default() }
     }
 
-    /// No pins, for one-shot commands.
-    pub fn none() -> Self {
-        Self { directory: None }
+    /// The pins in `directory`, which are only read: for one-shot commands.
+    pub fn only_read(directory: PathBuf) -> Self {
+        Self { is_writable: false, ..Self::in_directory(directory) }
     }
 
-    /// The pin of `uri`. A file that can't be read is logged, and counts as absent.
-    pub fn get(&self, uri: &str) -> Option<Pin> {
-        let path = self.path(uri)?;
-        match std::fs::read(&path) {
-            Ok(bytes) => parse(&path, &bytes).filter(|pin| pin.uri == uri),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            Err(error) => {
-                tracing::error!(pin = %path.display(), %error, "a key pin can't be read");
-                None
+    /// The pin of `uri`, if there is one.
+    ///
+    /// # Errors
+    /// A sentence when there is one that can't be read. It is not the same as none: without a
+    /// pin, whatever KMS gives is trusted.
+    pub fn get(&self, uri: &str) -> Result<Option<Pin>, String> {
+        let path = self.path(uri);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(self.kept().get(uri).cloned());
             }
+            Err(error) => {
+                return Err(format!("the key's pin {} can't be read: {}", path.display(), error.kind()));
+            }
+        };
+        match parse(&bytes).filter(|pin| pin.uri == uri) {
+            Some(pin) => Ok(Some(pin)),
+            None => Err(format!(
+                "the key's pin {} is damaged (once you know why, remove it and restart pullgate)",
+                path.display()
+            )),
         }
     }
 
@@ -82,42 +99,41 @@ impl Pins {
     /// # Errors
     /// The file system's.
     pub fn put(&self, pin: &Pin) -> std::io::Result<()> {
-        let (Some(path), Some(directory)) = (self.path(&pin.uri), &self.directory) else { return Ok(()) };
-        std::fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        self.kept().insert(pin.uri.clone(), pin.clone());
+        if !self.is_writable {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&self.directory)?;
+        let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
         file.write_all(&serde_json::to_vec_pretty(pin)?)?;
         file.as_file().sync_all()?;
-        file.persist(path)?;
+        file.persist(self.path(&pin.uri))?;
         Ok(())
     }
 
     /// Every readable pin.
     pub fn all(&self) -> Vec<Pin> {
-        let entries = self.directory.as_ref().and_then(|directory| std::fs::read_dir(directory).ok());
-        let mut pins: Vec<Pin> = entries
-            .into_iter()
-            .flatten()
-            .filter_map(|entry| {
-                let path = entry.ok()?.path();
-                parse(&path, &std::fs::read(&path).ok()?)
-            })
-            .collect();
+        let entries = std::fs::read_dir(&self.directory).into_iter().flatten();
+        let mut pins: Vec<Pin> =
+            entries.filter_map(|entry| parse(&std::fs::read(entry.ok()?.path()).ok()?)).collect();
+        let on_disk: HashSet<String> = pins.iter().map(|pin| pin.uri.clone()).collect();
+        pins.extend(self.kept().values().filter(|pin| !on_disk.contains(&pin.uri)).cloned());
         pins.sort_by(|a, b| a.uri.cmp(&b.uri));
         pins
     }
 
-    fn path(&self, uri: &str) -> Option<PathBuf> {
-        let name = hex::encode(Sha256::digest(uri));
-        self.directory.as_ref().map(|directory| directory.join(format!("{name}.json")))
+    fn path(&self, uri: &str) -> PathBuf {
+        self.directory.join(format!("{}.json", hex::encode(Sha256::digest(uri))))
+    }
+
+    fn kept(&self) -> MutexGuard<'_, HashMap<String, Pin>> {
+        // Every change to it is a single step.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn parse(path: &Path, bytes: &[u8]) -> Option<Pin> {
-    let pin = serde_json::from_slice::<Pin>(bytes).ok().filter(|pin| pin.trusted.spki().is_some());
-    if pin.is_none() {
-        tracing::error!(pin = %path.display(), "a key pin is damaged; the key is asked for again");
-    }
-    pin
+fn parse(bytes: &[u8]) -> Option<Pin> {
+    serde_json::from_slice::<Pin>(bytes).ok().filter(|pin| pin.trusted.spki().is_some())
 }
 
 #[cfg(test)]
@@ -125,19 +141,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pin_outlives_a_restart_and_a_damaged_one_is_absent() {
+    fn a_pin_outlives_a_restart_and_a_damaged_one_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
         let pins = Pins::in_directory(directory.path().join("keys"));
-        assert_eq!(pins.get("aws-kms://a"), None);
+        assert_eq!(pins.get("aws-kms://a"), Ok(None));
         let pin =
             Pin { uri: "aws-kms://a".into(), trusted: PinnedKey::new("arn".into(), b"spki"), conflict: None };
         pins.put(&pin).unwrap();
         let again = Pins::in_directory(directory.path().join("keys"));
-        assert_eq!(again.get("aws-kms://a"), Some(pin.clone()));
+        assert_eq!(again.get("aws-kms://a"), Ok(Some(pin.clone())));
         assert_eq!(again.all(), std::slice::from_ref(&pin));
         let mut forged = pin;
         forged.trusted.spki = BASE64.encode(b"another");
         again.put(&forged).unwrap();
-        assert_eq!(again.get("aws-kms://a"), None);
+        assert!(again.get("aws-kms://a").unwrap_err().contains("is damaged"));
+    }
+
+    /// Without this, a full disk would turn every look into trust on first use.
+    #[test]
+    fn a_pin_that_cannot_be_written_is_kept_in_memory() {
+        let directory = tempfile::tempdir().unwrap();
+        let blocked = directory.path().join("file");
+        std::fs::write(&blocked, b"").unwrap();
+        let pins = Pins::in_directory(blocked.join("keys"));
+        let pin = Pin { uri: "u".into(), trusted: PinnedKey::new("arn".into(), b"spki"), conflict: None };
+        assert!(pins.put(&pin).is_err());
+        // Below a file nothing can be read either: that is an error, not an absence.
+        assert!(pins.get("u").is_err() || pins.get("u") == Ok(Some(pin.clone())));
+        let read_only = Pins::only_read(directory.path().join("keys"));
+        read_only.put(&pin).unwrap();
+        assert_eq!(read_only.get("u"), Ok(Some(pin)));
+        assert!(!directory.path().join("keys").exists());
     }
 }

@@ -1,6 +1,7 @@
 //! The key ring: from a key's URI to the key, at the price of at most one KMS request.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,8 @@ struct Shelf {
     kms: Arc<Kms>,
     pins: Pins,
     alias_recheck: Duration,
+    /// Counts the `forget`s.
+    generation: AtomicU64,
     metrics: Arc<Metrics>,
 }
 
@@ -37,7 +40,14 @@ struct Held {
 impl KeyRing {
     /// An empty ring. Aliases are compared with KMS again after `alias_recheck`.
     pub fn new(kms: Arc<Kms>, pins: Pins, alias_recheck: Duration, metrics: Arc<Metrics>) -> Self {
-        let shelf = Shelf { held: RwLock::default(), kms, pins, alias_recheck, metrics };
+        let shelf = Shelf {
+            held: RwLock::default(),
+            kms,
+            pins,
+            alias_recheck,
+            generation: AtomicU64::new(0),
+            metrics,
+        };
         shelf.count_conflicts();
         Self { shelf: Arc::new(shelf), flights: Flights::default() }
     }
@@ -49,9 +59,10 @@ impl KeyRing {
     /// `untrusted-identity` when what is there is no usable key, or another one than was trusted.
     pub async fn get(&self, uri: &KeyUri, remote: bool) -> Answer {
         let key = self.local(uri).await?;
-        match uri {
-            KeyUri::Kms(place) if remote => {
-                let verifier = RemoteVerifier::new(Arc::clone(&self.shelf.kms), place.clone(), key.schemes());
+        match (uri, key.kms_id()) {
+            (KeyUri::Kms(place), Some(id)) if remote => {
+                let pinned = KmsKey { id: id.to_owned(), ..place.clone() };
+                let verifier = RemoteVerifier::new(Arc::clone(&self.shelf.kms), pinned);
                 Ok(Arc::new(TrustedKey::clone(&key).verified_by(verifier)))
             }
             _ => Ok(key),
@@ -70,6 +81,8 @@ impl KeyRing {
         });
         let nothing =
             || Err(FailureReason::KmsUnavailable.because("the look-up of the key ended early").into());
+        // Whoever gives up waiting still wants the key to be there the next time.
+        ticket.keep_running();
         ticket.wait().await.unwrap_or_else(nothing)
     }
 
@@ -78,13 +91,17 @@ impl KeyRing {
         self.shelf.pins.all()
     }
 
-    /// Trusts the key that an alias points at now, instead of the one that was trusted.
+    /// Trusts the key that an alias points at now, instead of the one that was trusted; with
+    /// `sha256`, only if it is that one.
     ///
     /// # Errors
     /// A sentence, when there is no such conflict or the pin can't be written.
-    pub fn accept(&self, uri: &str) -> Result<Pin, String> {
-        let pin = self.shelf.pins.get(uri).ok_or_else(|| format!("no key is pinned for {uri}"))?;
+    pub fn accept(&self, uri: &str, sha256: Option<&str>) -> Result<Pin, String> {
+        let pin = self.shelf.pins.get(uri)?.ok_or_else(|| format!("no key is pinned for {uri}"))?;
         let trusted = pin.conflict.ok_or_else(|| format!("{uri} points at the key that is trusted"))?;
+        if sha256.is_some_and(|expected| expected != trusted.sha256) {
+            return Err(format!("{uri} points at another key by now (SHA-256 {})", trusted.sha256));
+        }
         let accepted = Pin { uri: pin.uri, trusted, conflict: None };
         self.shelf.pins.put(&accepted).map_err(|e| format!("the pin can't be written: {e}"))?;
         self.shelf.count_conflicts();
@@ -99,7 +116,9 @@ impl KeyRing {
 
     /// Looks every key up anew at its next use (files may have changed).
     pub fn forget(&self) {
-        self.shelf.held.write().unwrap_or_else(PoisonError::into_inner).clear();
+        let mut held = self.shelf.held.write().unwrap_or_else(PoisonError::into_inner);
+        self.shelf.generation.fetch_add(1, Ordering::AcqRel);
+        held.clear();
     }
 }
 
@@ -112,6 +131,7 @@ impl Shelf {
     }
 
     async fn fetch(&self, uri: &KeyUri) -> Answer {
+        let generation = self.generation.load(Ordering::Acquire);
         let answer = match uri {
             KeyUri::Inline(text) => Ok(Arc::new(TrustedKey::from_pem(uri.label(), text)?)),
             KeyUri::File(path) => match tokio::fs::read_to_string(path).await {
@@ -126,14 +146,19 @@ impl Shelf {
         };
         if !matches!(answer, Err(Stop::Failed(_))) {
             let held = Held { answer: answer.clone(), checked: Instant::now() };
-            self.held.write().unwrap_or_else(PoisonError::into_inner).insert(uri.clone(), held);
+            let mut all = self.held.write().unwrap_or_else(PoisonError::into_inner);
+            // What was read before a `forget` may be what should be forgotten.
+            if generation == self.generation.load(Ordering::Acquire) {
+                all.insert(uri.clone(), held);
+            }
         }
         answer
     }
 
     async fn ask_kms(&self, uri: &KeyUri, key: &KmsKey) -> Answer {
         let label = uri.label();
-        let pin = self.pins.get(&label);
+        // A pin that is there but can't be read must not turn into trust on first use.
+        let pin = self.pins.get(&label).map_err(|why| DenyReason::UntrustedIdentity.because(why))?;
         match pin {
             // A key id can't be re-pointed: the pin is all that is ever needed.
             Some(pin) if !key.is_alias() && pin.conflict.is_none() => self.trust(&pin),
@@ -192,7 +217,7 @@ impl Shelf {
             .trusted
             .spki()
             .ok_or_else(|| DenyReason::UntrustedIdentity.because("the key's pin is damaged"))?;
-        Ok(Arc::new(TrustedKey::from_spki(pin.uri.clone(), spki)?))
+        Ok(Arc::new(TrustedKey::from_spki(pin.uri.clone(), spki)?.in_kms(pin.trusted.key_id.clone())))
     }
 
     fn write(&self, pin: &Pin) {

@@ -53,6 +53,7 @@ pub struct TrustedKey {
     pem: String,
     sha256: String,
     schemes: &'static [Scheme],
+    kms_id: Option<String>,
     remote: Option<RemoteVerifier>,
 }
 
@@ -78,7 +79,7 @@ impl TrustedKey {
         };
         let sha256 = hex::encode(Sha256::digest(&spki));
         let pem = pem::encode(&pem::Pem::new("PUBLIC KEY", spki.clone()));
-        Ok(Self { label, spki, pem, sha256, schemes, remote: None })
+        Ok(Self { label, spki, pem, sha256, schemes, kms_id: None, remote: None })
     }
 
     /// A key from PEM text.
@@ -92,7 +93,18 @@ impl TrustedKey {
         }
     }
 
-    /// The same key, but KMS verifies.
+    /// The same key, which is `id` in KMS (its ARN, also where an alias was asked for).
+    pub fn in_kms(mut self, id: String) -> Self {
+        self.kms_id = Some(id);
+        self
+    }
+
+    /// The key's own id in KMS.
+    pub fn kms_id(&self) -> Option<&str> {
+        self.kms_id.as_deref()
+    }
+
+    /// The same key, but KMS verifies as well.
     pub fn verified_by(mut self, remote: RemoteVerifier) -> Self {
         self.remote = Some(remote);
         self
