@@ -244,8 +244,8 @@ async fn a_bad_file_leaves_the_old_policy_and_says_so_until_it_is_mended() -> Re
     assert_eq!(status["policy"], before["policy"]);
     assert!(guarded.pullgate.http("/readyz").await?.status.is_success(), "it goes on");
     let log = guarded.pullgate.log();
-    let entry = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let entry = entry.filter(|entry| entry["MESSAGE_ID"] == POLICY_REFUSED).last().context(log.clone())?;
+    let mut entries = log.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let entry = entries.find(|entry| entry["MESSAGE_ID"] == POLICY_REFUSED).context(log.clone())?;
     assert_eq!((&entry["PRIORITY"], &entry["PULLGATE_POLICY"]), (&"3".into(), &before["policy"]));
     assert!(entry["MESSAGE"].as_str().is_some_and(|message| message.contains(error)), "{entry}");
 
