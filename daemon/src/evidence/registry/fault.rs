@@ -99,7 +99,6 @@ fn connect_phrase(kind: Option<io::ErrorKind>) -> &'static str {
 }
 
 fn tls_phrase(error: &rustls::Error) -> &'static str {
-    eprintln!("DBG {error:?}");
     let rustls::Error::InvalidCertificate(certificate) = error else {
         return match error {
             rustls::Error::InvalidMessage(_) => "does not speak TLS",
@@ -114,7 +113,10 @@ fn tls_phrase(error: &rustls::Error) -> &'static str {
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
             "shows a TLS certificate that is not valid yet (is the node's clock right?)"
         }
-        CertificateError::UnknownIssuer => {
+        // The last two: the issuer bears a known authority's name, but it is another one.
+        CertificateError::UnknownIssuer
+        | CertificateError::BadSignature
+        | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
             "shows a TLS certificate by an unknown authority: name its CA in hosts.toml (`ca`)"
         }
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
