@@ -522,7 +522,7 @@ async fn remote_verification_asks_kms_and_believes_it() -> Result<()> {
     assert_eq!(pullgate.verdicts().await?, 2, "a throttled KMS is none");
     keys.heal().await?;
 
-    // The signature is good, but KMS alone is asked, and it says otherwise.
+    // The signature is good here, but KMS has the last word, and says otherwise.
     keys.spoil("Verify", Fault::aws(400, "KMSInvalidSignatureException")).await?;
     refused(&pullgate, &doubted.by_tag(), "invalid-signature").await?;
     let ok = ["operation=\"Verify\"", "outcome=\"ok\""];
