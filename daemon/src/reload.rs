@@ -16,6 +16,9 @@ use crate::verify::key::pins::Pins;
 
 /// Writers replace files in several steps; their events are taken together.
 const SETTLE: Duration = Duration::from_millis(100);
+/// A refused file is tried again this often: what it names, such as a key, may come after it, in a
+/// place that is not watched.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
 
 /// Reloads the configuration.
 pub struct Reloader {
@@ -48,18 +51,32 @@ impl Reloader {
     pub fn reload(&self) {
         match Config::load(&self.path) {
             Ok(loaded) => self.apply(loaded),
+            Err(errors) => self.refuse(errors.to_string()),
+        }
+    }
+
+    /// [`Reloader::reload`], but a refusal that was told before is not told again.
+    fn try_again(&self) {
+        match Config::load(&self.path) {
+            Ok(loaded) => self.apply(loaded),
             Err(errors) => {
                 let text = errors.to_string();
-                self.metrics.reloads.with_label_values(&["refused"]).inc();
-                self.metrics.reload_ok.set(0);
-                tracing::error!(
-                    message_id = crate::audit::POLICY_REFUSED,
-                    pullgate_policy = self.engine.active().fingerprint,
-                    "the new configuration is refused; the old policy stays in force: {text}",
-                );
-                *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+                if self.refused().as_ref() != Some(&text) {
+                    self.refuse(text);
+                }
             }
         }
+    }
+
+    fn refuse(&self, text: String) {
+        self.metrics.reloads.with_label_values(&["refused"]).inc();
+        self.metrics.reload_ok.set(0);
+        tracing::error!(
+            message_id = crate::audit::POLICY_REFUSED,
+            pullgate_policy = self.engine.active().fingerprint,
+            "the new configuration is refused; the old policy stays in force: {text}",
+        );
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
     }
 
     fn apply(&self, loaded: Loaded) {
@@ -108,15 +125,20 @@ impl Reloader {
                     }
                 }
             }
-            if changes.recv().await.is_none() {
-                return;
+            tokio::select! {
+                change = changes.recv() => match change {
+                    Some(()) => tokio::time::sleep(SETTLE).await,
+                    None => return,
+                },
+                () = tokio::time::sleep(TRY_AGAIN), if self.refused().is_some() => {}
             }
-            tokio::time::sleep(SETTLE).await;
             let _ = changes.try_recv();
             let now = self.contents();
             if now != seen {
                 seen = now;
                 self.reload();
+            } else if self.refused().is_some() {
+                self.try_again();
             }
         }
     }
