@@ -290,6 +290,26 @@ async fn a_key_file_that_is_replaced_is_noticed() -> Result<()> {
     Ok(())
 }
 
+/// Configuration management writes files one after the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_file_may_come_after_the_configuration_that_names_it() -> Result<()> {
+    let guarded = Guarded::start().await?;
+    let key = guarded.world.folder("late")?.join("keys").join("ci.pub");
+    let late = policy::signed(&guarded.world.registry, &format!("file://{}", key.display()));
+    guarded.reload("refused", || guarded.pullgate.reconfigure(&guarded.world, &late)).await?;
+    guarded.is_strict().await?;
+    let arrive = || -> Result<()> {
+        std::fs::create_dir(key.parent().context("no folder")?)?;
+        std::fs::copy(&guarded.key.public, &key)?;
+        Ok(())
+    };
+    guarded.reload("ok", arrive).await?;
+    guarded.is_strict().await?;
+    assert_eq!(guarded.reloads("refused").await?, 1.0, "what was told is not told again");
+    assert_eq!(guarded.status().await?["configError"], Value::Null);
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn completions_are_scripts_of_their_shells() -> Result<()> {
     let commands = subcommands(&pullgate(&["--help"]).await?.ok()?.stdout);

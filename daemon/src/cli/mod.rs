@@ -55,7 +55,7 @@ enum Command {
     #[command(after_help = "\
 Examples:
   pullgate verify registry.example.com/app:1.2
-  pullgate verify --output json registry.example.com/app@sha256:… | jq .reason")]
+  pullgate verify --output json registry.example.com/app@sha256:DIGEST | jq .reason")]
     Verify(verify::Args),
     /// Check a configuration file; every mistake at once
     #[command(after_help = "Example:\n  pullgate check-config ./config.yaml && systemctl reload pullgate")]
