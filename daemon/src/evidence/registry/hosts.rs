@@ -50,6 +50,12 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
+    /// Whether nothing can be had of `other` that this one does not give.
+    fn stands_for(&self, other: &Self) -> bool {
+        let able = self.pulls && self.resolves;
+        able && (&self.base, &self.path) == (&other.base, &other.path)
+    }
+
     /// The address of `what` (`manifests/latest`) in the repository `repository_path`.
     pub(super) fn url(&self, registry: &str, repository_path: &str, what: &str) -> Url {
         let mut url = self.base.clone();
@@ -141,7 +147,16 @@ fn read(root: &Path, registry: &str, plain_http: bool) -> Result<Vec<Endpoint>, 
         Some(directory) => load(&directory)?,
         None => vec![Written::default()],
     };
-    written.into_iter().map(|host| endpoint(host, registry, plain_http)).collect()
+    let mut endpoints: Vec<Endpoint> =
+        written.into_iter().map(|host| endpoint(host, registry, plain_http)).collect::<Result<_, _>>()?;
+    // `server` is often written as a `[host]`, too. Asking it twice would step over its
+    // Retry-After, and tell of the second answer instead of the first.
+    if let Some((last, hosts)) = endpoints.split_last()
+        && hosts.iter().any(|host| host.stands_for(last))
+    {
+        endpoints.pop();
+    }
+    Ok(endpoints)
 }
 
 /// `HostDirFromRoot` and `hostPaths`: `host_port_`, `host`, `_default`.
@@ -545,6 +560,17 @@ mod tests {
         assert!(mirror.pulls && !mirror.resolves && mirror.is_mirror);
         assert!(own.pulls && own.resolves && !own.is_mirror);
         assert_eq!(own.base.as_str(), "https://registry-1.docker.io/");
+    }
+
+    #[test]
+    fn a_server_that_is_a_host_too_is_asked_once() {
+        let twice = |host: &str| {
+            let text = format!("server = 'https://one'\n[host.'https://two']\n[host.'https://one'{host}");
+            CertsD::new().with("host/hosts.toml", &text).roots("host")
+        };
+        assert_eq!(twice("]\nskip_verify = true\n"), ["https://two/v2", "https://one/v2"]);
+        let only_pulls = twice("]\ncapabilities = ['pull']\n");
+        assert_eq!(only_pulls, ["https://two/v2", "https://one/v2", "https://one/v2"]);
     }
 
     #[test]
