@@ -15,7 +15,7 @@ pub enum Command {
     #[command(after_help = "\
 Example:
   pullgate keys list
-  pullgate keys accept awskms:///alias/ci --sha256 0a1b…")]
+  pullgate keys accept awskms:///alias/ci --sha256 SHA256")]
     Accept {
         #[command(flatten)]
         admin: AdminArgs,
