@@ -249,19 +249,27 @@ fn open(path: &Path) -> Result<Open, Trouble> {
         .cache_capacity(PAGE_CACHE)
         .mode(sled::Mode::LowSpace)
         .flush_every_ms(Some(500));
+    let was_there = std::fs::metadata(path.join("db")).is_ok_and(|file| file.len() > 0);
     let opened = catch_unwind(AssertUnwindSafe(|| {
         let database = config.open()?;
+        if was_there && !database.was_recovered() {
+            // sled takes a file of which it can read nothing for a new one.
+            return Ok(Err("nothing of it can be read"));
+        }
         let verdicts = database.open_tree("verdicts")?;
         let format = database.get(FORMAT_KEY)?;
         if format.is_none() && verdicts.is_empty() {
             database.insert(FORMAT_KEY, FORMAT)?;
         }
         let is_ours = database.get(FORMAT_KEY)?.is_some_and(|f| f.as_ref() == FORMAT);
-        Ok::<_, sled::Error>((is_ours, Open { database, verdicts }))
+        Ok::<_, sled::Error>(match is_ours {
+            true => Ok(Open { database, verdicts }),
+            false => Err("it has another format"),
+        })
     }));
     match opened {
-        Ok(Ok((true, open))) => Ok(open),
-        Ok(Ok((false, _))) => Err(Trouble { text: "it has another format".into(), is_damage: true }),
+        Ok(Ok(Ok(open))) => Ok(open),
+        Ok(Ok(Err(damage))) => Err(Trouble { text: damage.into(), is_damage: true }),
         Ok(Err(error)) => Err(Trouble {
             is_damage: !matches!(&error, sled::Error::Io(io) if io.kind() != std::io::ErrorKind::UnexpectedEof
                 && io.kind() != std::io::ErrorKind::InvalidData),
