@@ -787,7 +787,8 @@ async fn paths_headers_and_the_default_of_hosts_toml_count() -> Result<()> {
 
     let any = site.signed_as("any/app", "any.pullgate.test").await?;
     refused(&pullgate, &any.by_tag(), "registry-unavailable").await?;
-    site.hosts_toml("_default", &format!("server = '{url}'\n"))?;
+    // containerd 1.6 passes over a `server` without a `[host]`.
+    site.hosts_toml("_default", &format!("[host.'{url}']\n"))?;
     wait::until("_default to be read", wait::LONG, async || {
         Ok(pullgate.cri().pull(&any.by_tag()).await.ok())
     })
