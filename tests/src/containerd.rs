@@ -300,6 +300,7 @@ fn config(folder: &Path, version: Version, discard_layers: bool) -> Result<Strin
 
 /// Ends and unmounts all that a dead test's world left: `folder` is the world's.
 pub(crate) fn remove_leftovers(folder: &Path) {
+    unmount_below(folder);
     let cgroup = folder.file_name().unwrap_or_default().to_string_lossy();
     remove_leftovers_of(&folder.join(FOLDER), &cgroup);
 }
