@@ -111,6 +111,19 @@ impl ImageGlob {
         &self.prefix
     }
 
+    /// What every matching name ends with; the empty text where that is not known.
+    pub fn suffix(&self) -> &str {
+        match &self.form {
+            Form::Literal | Form::Below => "",
+            Form::Wild(wild) => &wild.suffix,
+        }
+    }
+
+    /// Whether tag or digest belong to the name that is matched.
+    pub fn whole(&self) -> bool {
+        self.whole
+    }
+
     /// `prefix/` of `prefix/**`, and the empty text of `**`: everything that begins so matches.
     pub fn everything_below(&self) -> Option<&str> {
         matches!(self.form, Form::Below).then_some(self.prefix.as_str())

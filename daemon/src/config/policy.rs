@@ -11,13 +11,13 @@ use crate::reference::Reference;
 pub struct Policy {
     rules: Vec<Rule>,
     globs: Vec<ImageGlob>,
-    index: PrefixIndex,
+    index: Index,
 }
 
 impl Policy {
     pub(super) fn new(rules: Vec<(Rule, ImageGlob)>) -> Self {
         let (rules, globs): (Vec<Rule>, Vec<ImageGlob>) = rules.into_iter().unzip();
-        let index = PrefixIndex::new(globs.iter().map(ImageGlob::prefix));
+        let index = Index::new(&globs);
         Self { rules, globs, index }
     }
 
@@ -25,7 +25,7 @@ impl Policy {
     pub fn find(&self, reference: &Reference) -> Option<&Rule> {
         let (repository, full) = (reference.repository.to_string(), reference.to_string());
         let mut first = usize::MAX;
-        for candidates in self.index.prefixes_of(&full) {
+        for candidates in self.index.candidates(&repository, &full) {
             let earlier = candidates.iter().copied().take_while(|&rule| rule < first);
             let matching =
                 |rule: &usize| self.globs.get(*rule).is_some_and(|g| g.matches(&repository, &full));
@@ -38,6 +38,46 @@ impl Policy {
     pub fn rules(&self) -> &[Rule] {
         &self.rules
     }
+}
+
+/// Where to look for the rules that may match a name: each rule is under what its names begin
+/// with or under what they end with, whichever is longer, as in `**/app`.
+#[derive(Clone, Debug, Default)]
+struct Index {
+    beginnings: PrefixIndex,
+    /// Of repositories, backwards.
+    endings: PrefixIndex,
+    /// Of names with their tag or digest, backwards.
+    whole_endings: PrefixIndex,
+}
+
+impl Index {
+    fn new(globs: &[ImageGlob]) -> Self {
+        let by_ending = |glob: &ImageGlob| glob.suffix().len() > glob.prefix().len();
+        let numbered = || globs.iter().enumerate();
+        let beginnings = numbered().filter(|(_, glob)| !by_ending(glob));
+        let endings = |whole: bool| {
+            let own = numbered().filter(move |(_, glob)| by_ending(glob) && glob.whole() == whole);
+            PrefixIndex::new(own.map(|(rule, glob)| (rule, backwards(glob.suffix()))))
+        };
+        Self {
+            beginnings: PrefixIndex::new(beginnings.map(|(rule, glob)| (rule, glob.prefix().into()))),
+            endings: endings(false),
+            whole_endings: endings(true),
+        }
+    }
+
+    /// Rules, each list of them ascending.
+    fn candidates<'a>(&'a self, repository: &str, full: &str) -> Vec<&'a [usize]> {
+        let (repository, whole) = (backwards(repository), backwards(full));
+        let endings = self.endings.prefixes_of(&repository);
+        let whole_endings = self.whole_endings.prefixes_of(&whole);
+        self.beginnings.prefixes_of(full).chain(endings).chain(whole_endings).collect()
+    }
+}
+
+fn backwards(text: &str) -> Box<str> {
+    text.chars().rev().collect()
 }
 
 /// Finds all texts of a set that a name begins with: one binary search, then a walk from the
@@ -58,29 +98,30 @@ struct Prefix {
 }
 
 impl PrefixIndex {
-    fn new<'a>(texts: impl Iterator<Item = &'a str>) -> Self {
-        let mut owners: HashMap<&str, Vec<usize>> = HashMap::new();
-        for (owner, text) in texts.enumerate() {
+    fn new(texts: impl Iterator<Item = (usize, Box<str>)>) -> Self {
+        let mut owners: HashMap<Box<str>, Vec<usize>> = HashMap::new();
+        for (owner, text) in texts {
             owners.entry(text).or_default().push(owner);
         }
-        let mut groups: Vec<(&str, Vec<usize>)> = owners.into_iter().collect();
+        let mut groups: Vec<(Box<str>, Vec<usize>)> = owners.into_iter().collect();
         groups.sort_unstable();
-        let mut open: Vec<(usize, &str)> = Vec::new();
-        let mut sorted = Vec::with_capacity(groups.len());
+        let mut open: Vec<usize> = Vec::new();
+        let mut sorted: Vec<Prefix> = Vec::with_capacity(groups.len());
         for (place, (text, owners)) in groups.into_iter().enumerate() {
-            while open.pop_if(|(_, parent)| !text.starts_with(*parent)).is_some() {}
-            let parent = open.last().map(|(place, _)| *place);
-            open.push((place, text));
-            sorted.push(Prefix { text: text.into(), parent, owners });
+            let begins = |parent: &usize| sorted.get(*parent).is_some_and(|p| text.starts_with(&*p.text));
+            while open.pop_if(|parent| !begins(parent)).is_some() {}
+            let parent = open.last().copied();
+            open.push(place);
+            sorted.push(Prefix { text, parent, owners });
         }
         Self { sorted }
     }
 
-    fn prefixes_of<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [usize]> {
+    fn prefixes_of<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a [usize]> {
         let last = self.sorted.partition_point(|prefix| *prefix.text <= *name).checked_sub(1);
         let at = |place: usize| self.sorted.get(place);
         std::iter::successors(last.and_then(at), move |prefix| prefix.parent.and_then(at))
-            .filter(|prefix| name.starts_with(&*prefix.text))
+            .filter(move |prefix| name.starts_with(&*prefix.text))
             .map(|prefix| prefix.owners.as_slice())
     }
 }
