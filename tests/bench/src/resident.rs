@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use pullgate::store::{Stored, Verdict, VerdictKey, VerdictStore};
 use pullgate::verify::Proof;
 use pullgate_tests::cri::v1;
-use pullgate_tests::{Pullgate, Version, World, oci};
+use pullgate_tests::{Pullgate, Version, World, oci, wait};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,9 +34,13 @@ pub async fn measure() -> Result<Vec<Row>> {
         pullgate.stop().await?;
     }
     pullgate.start_again().await?;
+    // The daemon reads them all once, to count them; then they have been in its memory.
+    let counted = async || {
+        let held = pullgate.metric("pullgate_cache_entries", &["tier=\"disk\""]).await?;
+        Ok((held > VERDICTS as f64).then_some(()))
+    };
+    wait::until("the verdicts to be counted", wait::LONG, counted).await?;
     let full = resident_after_a_status(&pullgate, &image).await?;
-    let held = pullgate.metric("pullgate_cache_entries", &["tier=\"disk\""]).await?;
-    ensure!(held > VERDICTS as f64, "the store holds {held} verdicts");
     Ok(vec![
         Row::alone("resident memory, idle", idle, "MiB", 25.0),
         Row::alone("resident memory, 100,000 verdicts", full, "MiB", 60.0),

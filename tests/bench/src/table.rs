@@ -34,10 +34,10 @@ impl Row {
     /// A figure of its own, in the unit of its bar.
     pub fn alone(figure: &str, ours: f64, unit: &str, bar: f64) -> Self {
         Self {
-            figure: format!("{figure}: {} {unit}", short(ours)),
+            figure: format!("{figure}: {} {unit}", short(ours)).trim_end().to_owned(),
             peer: "-".to_owned(),
             ratio: "-".to_owned(),
-            bar: format!("≤ {bar} {unit}"),
+            bar: format!("≤ {bar} {unit}").trim_end().to_owned(),
             met: ours <= bar,
         }
     }
