@@ -221,7 +221,9 @@ async fn a_slow_stream_arrives_frame_by_frame() -> Result<()> {
     let (frames, live) = Reply::live();
     chained.next_hop.reply(FUTURE, live);
     let client = Client::connect(&chained.pullgate.socket()).await?;
-    let mut answer = client.send(FUTURE, &[], grpc::frame(b"go")).await?;
+    let answer = client.send(FUTURE, &[], grpc::frame(b"go"));
+    let mut answer =
+        tokio::time::timeout(wait::LONG, answer).await.context("its headers are held back")??;
     // Each is sent only after the one before has arrived.
     for text in ["one", "two", "three"] {
         frames.send(Frame::data(grpc::frame(text.as_bytes())))?;
