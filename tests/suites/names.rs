@@ -327,6 +327,7 @@ async fn what_cannot_be_read_is_refused_in_one_clean_line(version: Version) -> R
         "LOCALHOST:5000/library/b",
         "\u{202e}b",
         "b:ß",
+        "\u{431}",
         "b\u{200b}",
         &hex,
         &"x".repeat(300),

@@ -268,7 +268,7 @@ async fn lists_removal_and_garbage_collection_are_never_filtered(version: Versio
     assert_eq!(filtered, direct.images.clone().list_images(filter).await?.into_inner());
     let (info, same) = (cri.image_fs_info().await?, direct.image_fs_info().await?);
     let points = |info: &v1::ImageFsInfoResponse| -> Vec<_> {
-        info.image_filesystems.iter().map(|fs| (fs.fs_id.clone(), fs.used_bytes.clone())).collect()
+        info.image_filesystems.iter().map(|fs| (fs.fs_id.clone(), fs.used_bytes)).collect()
     };
     assert_eq!(points(&info), points(&same));
     assert!(!points(&info).is_empty());

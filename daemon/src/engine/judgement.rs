@@ -153,10 +153,11 @@ impl Judgement {
     }
 }
 
-/// A text that is no reference, so that it can stand in one line.
+/// A text that is no reference, so that it can stand in one line, in visible ASCII: a letter that
+/// only looks like one of the Latin ones is seen to be another.
 fn printable(image: &str) -> String {
     let short: String = image.chars().take(300).collect();
-    format!("{short:?}")
+    format!("\"{}\"", short.escape_default())
 }
 
 impl AppliedRule {
