@@ -32,7 +32,9 @@ impl Nspawn {
         let cgroup = Cgroup::new(&name)?;
         let containerd = world.path().join(crate::containerd::FOLDER);
         let mut command = Command::new("sh");
-        command.args(["-c", &cgroup.join_and_exec(), "sh", "systemd-nspawn", "--quiet", "--boot"]);
+        // SIGKILL would leave the machine behind: nspawn is told to end it when the test dies.
+        command.args(["-c", &cgroup.join_and_exec(), "sh", "setpriv", "--pdeathsig", "TERM", "--"]);
+        command.args(["systemd-nspawn", "--quiet", "--boot"]);
         command.arg("--directory").arg(parts::path("rootfs")?).args(["--read-only", "--volatile=overlay"]);
         // This machine may have no systemd of its own to register with.
         command.args(["--register=no", "--keep-unit", "--link-journal=no", "--console=pipe"]);
@@ -40,11 +42,14 @@ impl Nspawn {
         command.arg(format!("--bind={}:{CONTAINERD}", containerd.display()));
         command.arg(format!("--bind-ro={}:/usr/bin/pullgate", binary()?.canonicalize()?.display()));
         let process = Process::start("systemd-nspawn", command, &folder.join("log"))?;
-        let leader = wait::until("systemd in the machine", wait::LONG, async || {
+        // From here on its drop ends the machine, however far it has come.
+        let mut machine = Self { leader: 0, process, _cgroup: cgroup };
+        machine.leader = wait::until("systemd in the machine", wait::LONG, async || {
+            let process = &machine.process;
             ensure!(process.ended().is_none(), "systemd-nspawn ended at once: {}", process.log());
             Ok(leader_of(process.pid()))
-        });
-        let machine = Self { leader: leader.await?, process, _cgroup: cgroup };
+        })
+        .await?;
         machine.booted().await?;
         machine.install().await?;
         Ok(machine)
@@ -145,12 +150,7 @@ struct Cgroup(Vec<PathBuf>);
 impl Cgroup {
     /// In the hierarchies that systemd manages, of cgroup v1, v2, or both.
     fn new(name: &str) -> Result<Self> {
-        let at = Path::new("/sys/fs/cgroup");
-        let roots = match at.join("cgroup.controllers").exists() {
-            true => vec![at.to_owned()],
-            false => ["systemd", "unified"].map(|part| at.join(part)).to_vec(),
-        };
-        let cgroup = Self(roots.into_iter().filter(|r| r.exists()).map(|r| r.join(name)).collect());
+        let cgroup = Self(hierarchies().into_iter().map(|root| root.join(name)).collect());
         ensure!(!cgroup.0.is_empty(), "no cgroup hierarchy that systemd could use");
         for folder in &cgroup.0 {
             std::fs::create_dir(folder).with_context(|| folder.display().to_string())?;
@@ -172,6 +172,25 @@ impl Drop for Cgroup {
                 remove_tree(folder);
                 !folder.exists()
             });
+        }
+    }
+}
+
+fn hierarchies() -> Vec<PathBuf> {
+    let at = Path::new("/sys/fs/cgroup");
+    let mut roots = match at.join("cgroup.controllers").exists() {
+        true => vec![at.to_owned()],
+        false => ["systemd", "unified"].map(|part| at.join(part)).to_vec(),
+    };
+    roots.retain(|root| root.exists());
+    roots
+}
+
+/// Removes the cgroups that the machines of a dead world left, its folder's name given.
+pub(crate) fn remove_leftovers(world: &str) {
+    for entry in hierarchies().iter().filter_map(|root| std::fs::read_dir(root).ok()).flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&format!("{world}-m")) {
+            remove_tree(&entry.path());
         }
     }
 }

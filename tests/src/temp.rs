@@ -64,6 +64,7 @@ fn sweep() {
         };
         if lock.try_lock().is_ok() {
             crate::containerd::remove_leftovers(&path);
+            crate::nspawn::remove_leftovers(&entry.file_name().to_string_lossy());
             let _ = std::fs::remove_dir_all(&path);
         }
     }
