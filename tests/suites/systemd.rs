@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use pullgate_tests::cri::{Cri, PullOptions};
+use pullgate_tests::grpc::Client;
 use pullgate_tests::nspawn::CONTAINERD;
 use pullgate_tests::{Cosign, Fault, Gate, Image, KeyPair, Nspawn, Pushed, Rule, World, wait};
 use serde_json::Value;
@@ -247,14 +248,16 @@ async fn a_restart_lets_a_pull_finish_while_new_calls_wait() -> Result<()> {
         async move { cri.pull(&name).await }
     });
     gate.arrived(1).await?;
+    let socket = node.machine.path("/run/pullgate/pullgate.sock");
+    let idle = Client::connect(&socket).await?;
+    idle.call("runtime.v1.ImageService/ListImages", &[], &[]).await?;
     node.machine.run_ok(&["systemctl", "restart", "--no-block", SERVICE]).await?;
-    wait::until("it to stop", wait::LONG, async || {
-        Ok((node.machine.property(SERVICE, "ActiveState").await? == "deactivating").then_some(()))
-    })
-    .await?;
+    // It says so to a connection at rest once it takes no new ones.
+    wait::until_true("GOAWAY", || idle.is_closed()).await?;
+    assert_eq!(node.machine.property(SERVICE, "ActiveState").await?, "deactivating");
     // A new connection is systemd's to keep until the next process is there.
     let waiting = tokio::spawn({
-        let cri = node.world.containerd.cri_through(&node.machine.path("/run/pullgate/pullgate.sock"))?;
+        let cri = node.world.containerd.cri_through(&socket)?;
         async move { cri.list_images().await }
     });
     assert_eq!(node.main_pid().await?, pid, "the old process still works on the pull");
