@@ -26,8 +26,8 @@ use crate::verify::key::pins::Pins;
 
 /// Calls in flight at a stop may take this long (the unit's TimeoutStopSec is longer).
 const DRAIN: Duration = Duration::from_secs(25);
-/// Expired verdicts are dropped this often.
-const SWEEP: Duration = Duration::from_secs(600);
+/// One part of the verdicts is swept this often: all of them in three quarters of an hour.
+const SWEEP: Duration = Duration::from_secs(10);
 /// Who may speak to the admin socket, whoever may speak to the gate.
 const ADMINS: &[u32] = &[0];
 /// A node has many cores and few pulls.
@@ -172,17 +172,20 @@ impl MetricsSocket {
     }
 }
 
+/// Drops expired verdicts, a 256th of them at a time; all at once only where there are too many.
 async fn sweep(engine: Arc<Engine>) {
-    let counted = Arc::clone(&engine);
-    tokio::task::spawn_blocking(move || counted.store().recount());
     let mut ticks = tokio::time::interval(SWEEP);
     ticks.tick().await;
-    loop {
+    for part in (0..=u8::MAX).cycle() {
         ticks.tick().await;
         let engine = Arc::clone(&engine);
         let swept = tokio::task::spawn_blocking(move || {
             let active = engine.active();
-            engine.store().sweep(&Lifetimes::from(&active.config.cache), active.config.cache.max_entries);
+            let (store, cache) = (engine.store(), &active.config.cache);
+            match store.size().1 > cache.max_entries {
+                true => store.sweep(&Lifetimes::from(cache), cache.max_entries),
+                false => store.sweep_part(part, &Lifetimes::from(cache)),
+            }
         });
         if let Err(error) = swept.await {
             tracing::error!(%error, "the sweep of expired verdicts ended early");

@@ -4,6 +4,7 @@
 //! that can't be read is set aside so that a new one is begun. A sled that failed once (a full
 //! disk) fails for ever: only [`Disk::reopen`] makes it work again.
 
+use std::ops::RangeBounds;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,6 +15,8 @@ use super::entry::{Stored, VerdictKey};
 /// Changes when an older or newer pullgate could misread the entries.
 const FORMAT: &[u8] = b"1";
 const FORMAT_KEY: &[u8] = b"format";
+/// How many verdicts there were at the last clean stop.
+const ENTRIES_KEY: &[u8] = b"entries";
 /// sled's page cache, bytes: enough for the hot part, small beside the memory bar.
 const PAGE_CACHE: u64 = 8 << 20;
 
@@ -60,7 +63,7 @@ impl Disk {
                 (None, Some(trouble))
             }
         };
-        let entries = AtomicUsize::new(0);
+        let entries = AtomicUsize::new(open.as_ref().map_or(0, counted));
         Self { path: Some(path), open: RwLock::new(open), entries, trouble: Mutex::new(trouble) }
     }
 
@@ -135,11 +138,19 @@ impl Disk {
     }
 
     /// Visits every readable entry until `visit` says stop.
-    pub fn for_each(&self, mut visit: impl FnMut(VerdictKey, Stored) -> bool) {
+    pub fn for_each(&self, visit: impl FnMut(VerdictKey, Stored) -> bool) {
+        self.for_each_in(.., visit);
+    }
+
+    fn for_each_in(
+        &self,
+        keys: impl RangeBounds<[u8; 1]>,
+        mut visit: impl FnMut(VerdictKey, Stored) -> bool,
+    ) {
         let open = self.opened();
         let Some(open) = &*open else { return };
         let _ = self.told(guarded(|| {
-            for item in &open.verdicts {
+            for item in open.verdicts.range(keys) {
                 let (key, value) = item?;
                 if let (Ok(key), Some(stored)) = (<[u8; 32]>::try_from(key.as_ref()), decode(&value))
                     && !visit(VerdictKey::from_bytes(key), stored)
@@ -149,6 +160,24 @@ impl Disk {
             }
             Ok(())
         }));
+    }
+
+    /// Drops the entries that `expired` picks among those whose key begins with `part`: reading
+    /// them part by part keeps most of the store out of memory.
+    pub fn sweep_part(&self, part: u8, expired: impl Fn(&Stored) -> bool) -> Vec<VerdictKey> {
+        let mut doomed = Vec::new();
+        let visit = |key, stored: Stored| {
+            if expired(&stored) {
+                doomed.push(key);
+            }
+            true
+        };
+        match part.checked_add(1) {
+            Some(next) => self.for_each_in([part]..[next], visit),
+            None => self.for_each_in([part].., visit),
+        }
+        doomed.iter().for_each(|key| self.remove(key));
+        doomed
     }
 
     /// Drops the entries that `expired` picks, then the oldest beyond `max_entries`.
@@ -171,7 +200,7 @@ impl Disk {
         dropped
     }
 
-    /// Entries, as far as they were counted.
+    /// Entries: counted from the last clean stop on, so after a crash about right.
     pub fn entries(&self) -> usize {
         self.entries.load(Ordering::Relaxed)
     }
@@ -191,7 +220,11 @@ impl Disk {
     /// Writes everything out.
     pub fn flush(&self) {
         if let Some(open) = &*self.opened() {
-            let _ = self.told(guarded(|| open.database.flush()));
+            let entries = self.entries() as u64;
+            let _ = self.told(guarded(|| {
+                open.database.insert(ENTRIES_KEY, &entries.to_be_bytes())?;
+                open.database.flush()
+            }));
         }
     }
 
@@ -277,6 +310,12 @@ fn open(path: &Path) -> Result<Open, Trouble> {
         }),
         Err(_) => Err(Trouble { text: "sled panicked on it".into(), is_damage: true }),
     }
+}
+
+fn counted(open: &Open) -> usize {
+    let stored = guarded(|| open.database.get(ENTRIES_KEY)).ok().flatten();
+    let bytes = stored.and_then(|bytes| <[u8; 8]>::try_from(bytes.as_ref()).ok());
+    bytes.and_then(|bytes| usize::try_from(u64::from_be_bytes(bytes)).ok()).unwrap_or(0)
 }
 
 /// Moves the store to `<path>.set-aside`, in place of an earlier one.

@@ -147,19 +147,26 @@ impl VerdictStore {
 
     /// Drops what no longer counts, and the oldest beyond `max_entries`.
     pub fn sweep(&self, lifetimes: &Lifetimes, max_entries: usize) {
-        let dropped = self.tiers.disk.sweep(max_entries, |stored| {
-            matches!(classify(Arc::new(stored.clone()), "disk", lifetimes), Found::Nothing)
-        });
-        for (cause, keys) in [("expired", dropped.expired), ("capacity", dropped.surplus)] {
-            keys.iter().for_each(|key| drop(self.tiers.memory.remove(key)));
-            self.metrics.cache_evictions.with_label_values(&["disk", cause]).inc_by(keys.len() as u64);
-        }
+        let dropped = self.tiers.disk.sweep(max_entries, |stored| Self::is_over(stored, lifetimes));
+        self.evicted("expired", &dropped.expired);
+        self.evicted("capacity", &dropped.surplus);
+        self.tiers.disk.recount();
         self.count_entries();
     }
 
-    /// Counts what is on disk, by reading it all; from then on it is kept count of.
-    pub fn recount(&self) {
-        self.tiers.disk.recount();
+    /// Drops what no longer counts among one 256th of the entries.
+    pub fn sweep_part(&self, part: u8, lifetimes: &Lifetimes) {
+        let dropped = self.tiers.disk.sweep_part(part, |stored| Self::is_over(stored, lifetimes));
+        self.evicted("expired", &dropped);
+    }
+
+    fn is_over(stored: &Stored, lifetimes: &Lifetimes) -> bool {
+        matches!(classify(Arc::new(stored.clone()), "disk", lifetimes), Found::Nothing)
+    }
+
+    fn evicted(&self, cause: &str, keys: &[VerdictKey]) {
+        keys.iter().for_each(|key| drop(self.tiers.memory.remove(key)));
+        self.metrics.cache_evictions.with_label_values(&["disk", cause]).inc_by(keys.len() as u64);
     }
 
     /// Updates the entry gauges.
@@ -372,6 +379,31 @@ mod tests {
     }
 
     #[test]
+    fn the_sweep_by_parts_drops_what_expired_and_keeps_count() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        for n in [0, 7, 255] {
+            keep(&store, key(n), aged(allow(), 151));
+            keep(&store, VerdictKey::from_bytes([n, 1].repeat(16).try_into().unwrap()), allow());
+        }
+        assert_eq!(store.size().1, 6);
+        for part in [0, 255] {
+            store.sweep_part(part, &LIFETIMES);
+        }
+        assert_eq!(store.size().1, 4);
+        let mut left = Vec::new();
+        store.for_each(|key, _| {
+            left.push(key.as_bytes()[1]);
+            true
+        });
+        left.sort_unstable();
+        assert_eq!(left, [1, 1, 1, 7], "only the expired one of part 7 is left");
+        store.flush();
+        drop(store);
+        assert_eq!(open(directory.path()).size().1, 4, "the count outlives a restart");
+    }
+
+    #[test]
     fn purge_forgets_in_both_tiers() {
         let directory = tempfile::tempdir().unwrap();
         let store = open(directory.path());
@@ -416,7 +448,7 @@ mod tests {
         for n in [1, 2] {
             assert!(matches!(new.find(&key(n), &LIFETIMES), Found::Fresh(..)), "{n}");
         }
-        new.recount();
+        new.tiers.disk.recount();
         assert_eq!(new.size().1, 2);
     }
 }
