@@ -80,6 +80,7 @@ impl Admin {
     }
 
     fn stats(&self) -> Value {
+        self.gate.engine.store().recount();
         let (memory, disk, bytes) = self.gate.engine.store().size();
         let (mut allow, mut deny) = (0_usize, 0_usize);
         self.gate.engine.store().for_each(|_, stored| {

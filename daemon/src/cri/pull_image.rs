@@ -133,7 +133,9 @@ async fn record_tag(gate: &Gate, tag: &str, pinned: &str, answer: &Unary) -> Res
         return Ok(());
     }
     let shown = || async { Ok::<_, Status>(gate.next_hop.image_id(tag).await? == Some(pulled.clone())) };
-    gate.image_store.tag(tag, pinned).await?;
+    if !gate.image_store.tag(tag, pinned).await? {
+        return Ok(());
+    }
     let deadline = tokio::time::Instant::now() + TAG_SHOWS_WITHIN;
     let mut pause = Duration::from_millis(1);
     while !shown().await? {

@@ -54,15 +54,17 @@ impl ImageStore {
             .map_err(|_| Status::internal("containerd holds an image without a valid digest"))
     }
 
-    /// Records `tag` with the target that `pinned` (`repository@digest`) has.
+    /// Records `tag` with the target that `pinned` (`repository@digest`) has. Says whether that
+    /// changed anything.
     ///
     /// # Errors
     /// containerd's; `NOT_FOUND` when there is no record of `pinned`.
-    pub async fn tag(&self, tag: &str, pinned: &str) -> Result<(), Status> {
+    pub async fn tag(&self, tag: &str, pinned: &str) -> Result<bool, Status> {
         let missing = || Status::not_found(format!("containerd has no record of {pinned}"));
-        let target = self.target(pinned).await?.ok_or_else(missing)?;
-        if self.target(tag).await?.is_some_and(|present| present.digest == target.digest) {
-            return Ok(());
+        let (target, present) = tokio::try_join!(self.target(pinned), self.target(tag))?;
+        let target = target.ok_or_else(missing)?;
+        if present.is_some_and(|present| present.digest == target.digest) {
+            return Ok(false);
         }
         let labels = HashMap::from([(MANAGED.0.to_owned(), MANAGED.1.to_owned())]);
         let image = Image { name: tag.to_owned(), labels, target: Some(target), ..Default::default() };
@@ -76,9 +78,9 @@ impl ImageStore {
                     update_mask: Some(FieldMask { paths }),
                     ..Default::default()
                 };
-                client.update(self.request(update)?).await.map(drop)
+                client.update(self.request(update)?).await.map(|_| true)
             }
-            other => other.map(drop),
+            other => other.map(|_| true),
         }
     }
 

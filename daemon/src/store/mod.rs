@@ -150,8 +150,14 @@ impl VerdictStore {
         let dropped = self.tiers.disk.sweep(max_entries, |stored| Self::is_over(stored, lifetimes));
         self.evicted("expired", &dropped.expired);
         self.evicted("capacity", &dropped.surplus);
-        self.tiers.disk.recount();
+        self.recount();
         self.count_entries();
+    }
+
+    /// Counts the entries on disk by reading them all. The running count is only about right
+    /// after a crash.
+    pub fn recount(&self) {
+        self.tiers.disk.recount();
     }
 
     /// Drops what no longer counts among one 256th of the entries.

@@ -8,18 +8,20 @@ use anyhow::{Context, Result, ensure};
 use pullgate::store::{Stored, Verdict, VerdictKey, VerdictStore};
 use pullgate::verify::Proof;
 use pullgate_tests::cri::v1;
-use pullgate_tests::{Pullgate, Version, World, oci, wait};
+use pullgate_tests::{Pullgate, Version, World, oci};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const VERDICTS: usize = 100_000;
+/// What systemd/pullgate.service sets.
+const UNIT_ENVIRONMENT: &[(&str, &str)] = &[("MALLOC_TRIM_THRESHOLD_", "65536")];
 
 /// Resident memory idle and with many verdicts, and how soon the socket answers with these.
 pub async fn measure() -> Result<Vec<Row>> {
     let world = World::on(Version::V21).await?;
     let signer = Signer::new(&world)?;
-    let pullgate = Pullgate::start(&world, &signer.policy(&world)).await?;
+    let pullgate = Pullgate::start_with(&world, &signer.policy(&world), UNIT_ENVIRONMENT).await?;
     let image = signer.images("app", 1, 0).await?.pop().context("no image")?.by_tag();
     pullgate.cri().pull(&image).await?;
     pullgate.restart().await?;
@@ -34,12 +36,8 @@ pub async fn measure() -> Result<Vec<Row>> {
         pullgate.stop().await?;
     }
     pullgate.start_again().await?;
-    // The daemon reads them all once, to count them; then they have been in its memory.
-    let counted = async || {
-        let held = pullgate.metric("pullgate_cache_entries", &["tier=\"disk\""]).await?;
-        Ok((held > VERDICTS as f64).then_some(()))
-    };
-    wait::until("the verdicts to be counted", wait::LONG, counted).await?;
+    let held = pullgate.metric("pullgate_cache_entries", &["tier=\"disk\""]).await?;
+    ensure!(held > VERDICTS as f64, "the store has {held} verdicts");
     let full = resident_after_a_status(&pullgate, &image).await?;
     Ok(vec![
         Row::alone("resident memory, idle", idle, "MiB", 25.0),
