@@ -75,14 +75,16 @@ impl Tls {
     }
 
     /// A client for this configuration; `direct` goes past any proxy of the environment.
-    fn client(&self, direct: bool) -> Result<Client, reqwest::Error> {
+    fn client(&self, direct: bool, roots: Roots) -> Result<Client, reqwest::Error> {
         let mut builder = Client::builder()
             .user_agent(concat!("pullgate/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
             .connect_timeout(self.connect_limit)
             .tls_danger_accept_invalid_certs(self.skip_verify);
-        if !self.ca.is_empty() {
+        if roots == Roots::None {
+            builder = builder.tls_certs_only(std::iter::empty());
+        } else if !self.ca.is_empty() {
             builder = builder.tls_certs_merge(Certificate::from_pem_bundle(&self.ca)?);
         }
         if let Some(identity) = &self.identity {
@@ -106,6 +108,13 @@ impl fmt::Debug for Tls {
     }
 }
 
+/// Which certificates are trusted, besides those of the configuration.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Roots {
+    System,
+    None,
+}
+
 /// The clients, each with its connections.
 #[derive(Default)]
 pub(super) struct Pools {
@@ -124,7 +133,13 @@ impl Pools {
         if let Some(client) = clients.get(&key) {
             return Ok(client.clone());
         }
-        let client = tls.client(key.1).map_err(|_| {
+        // Plain HTTP must work on a machine without any CA certificate; TLS then trusts nobody.
+        let without = |error| match url.scheme() {
+            "http" => tls.client(key.1, Roots::None),
+            _ => Err(error),
+        };
+        let roots = if tls.skip_verify { Roots::None } else { Roots::System };
+        let client = tls.client(key.1, roots).or_else(without).map_err(|_| {
             FailureReason::RegistryUnavailable
                 .because("TLS can't be set up: check the system's CA certificates (SSL_CERT_FILE)")
         })?;
