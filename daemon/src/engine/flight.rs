@@ -4,7 +4,6 @@
 //! and nobody left it behind on purpose ([`Ticket::leave_running`]) to warm the store.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -50,17 +49,8 @@ where
         F: Future<Output = T> + Send + 'static,
     {
         let mut under_way = lock(&self.under_way);
-        let joined = match under_way.entry(key.clone()) {
-            Entry::Occupied(_) => true,
-            Entry::Vacant(free) => {
-                free.insert(self.start(key.clone(), work()));
-                false
-            }
-        };
-        let Some(flight) = under_way.get_mut(&key) else {
-            // Inserted just above, under the same lock.
-            unreachable!("a flight that was just entered");
-        };
+        let joined = under_way.contains_key(&key);
+        let flight = under_way.entry(key.clone()).or_insert_with(|| self.start(key.clone(), work()));
         flight.waiting += 1;
         let ticket = Ticket {
             key: Some(key),
