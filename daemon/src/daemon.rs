@@ -16,6 +16,7 @@ use crate::config::{Config, Loaded, MetricsListen};
 use crate::cri::router;
 use crate::engine::{Active, Engine};
 use crate::gate::Gate;
+use crate::listener::edge::Edge;
 use crate::listener::serve::{self, Running};
 use crate::listener::{Activated, Listener};
 use crate::metrics::{Metrics, server};
@@ -44,18 +45,19 @@ pub fn run(config: &Path) -> Ended {
         .enable_all()
         .build()
         .map_err(|error| (TRANSIENT, format!("the runtime can't be started: {error}")))?;
-    let ended = runtime.block_on(serve(config.to_owned(), loaded));
+    let edge = Edge::start().map_err(|error| (TRANSIENT, format!("a thread can't be started: {error}")))?;
+    let ended = runtime.block_on(serve(config.to_owned(), loaded, &edge));
     // Verifications that nobody waits for any more must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_millis(200));
     ended
 }
 
-async fn serve(path: PathBuf, loaded: Loaded) -> Ended {
+async fn serve(path: PathBuf, loaded: Loaded, edge: &Edge) -> Ended {
     let usage = |text: String| (USAGE, text);
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
-    let signals = Signals::new().map_err(|error| usage(format!("signals can't be handled: {error}")))?;
+    let mut signals = Signals::new().map_err(|error| usage(format!("signals can't be handled: {error}")))?;
     let mut activated = Activated::take().map_err(usage)?;
     let gate_socket = activated.listen(&loaded.config.listen).await.map_err(usage)?;
     let admin_socket = activated.listen(&loaded.config.admin).await.map_err(usage)?;
@@ -81,7 +83,7 @@ async fn serve(path: PathBuf, loaded: Loaded) -> Ended {
         active.config.policy.rules().len(),
     );
     let engine = Arc::new(Engine::new(active, Arc::clone(&store), Arc::clone(&metrics)));
-    let gate = Arc::new(Gate::new(Arc::clone(&engine), Arc::clone(&metrics)));
+    let gate = Arc::new(Gate::new(Arc::clone(&engine), Arc::clone(&metrics), edge.runtime().clone()));
     let reloader = Arc::new(Reloader::new(path, Arc::clone(&engine), Arc::clone(&metrics)));
 
     let (stop, running) = watch::channel(true);
@@ -90,7 +92,7 @@ async fn serve(path: PathBuf, loaded: Loaded) -> Ended {
         let gate = Arc::clone(&gate);
         move |request| router::route(Arc::clone(&gate), request)
     };
-    let serving = tokio::spawn(serve::grpc(gate_socket, uids.clone(), running.clone(), DRAIN, route));
+    let serving = edge.runtime().spawn(serve::grpc(gate_socket, uids.clone(), running.clone(), DRAIN, route));
     let admin = Arc::new(Admin::new(Arc::clone(&gate), Arc::clone(&reloader)));
     let answer = move |request| Arc::clone(&admin).answer(request);
     tokio::spawn(serve::http1(admin_socket, ADMINS.to_vec(), running.clone(), answer));
@@ -104,8 +106,11 @@ async fn serve(path: PathBuf, loaded: Loaded) -> Ended {
     systemd::notify(&[NotifyState::Stopping]);
     tracing::info!("pullgate stops; calls in flight are finished first");
     stop.send_replace(false);
-    if !serving.await.unwrap_or(false) {
-        tracing::warn!("calls were still in flight after {} s", DRAIN.as_secs());
+    tokio::select! {
+        drained = serving => if !drained.unwrap_or(false) {
+            tracing::warn!("calls were still in flight after {} s", DRAIN.as_secs());
+        },
+        () = signals.stop() => tracing::warn!("told to stop again: calls in flight are dropped"),
     }
     // Flushing is the last word: it may block for as long as the disk does.
     let flushed = tokio::task::spawn_blocking(move || store.flush());
@@ -128,17 +133,22 @@ impl Signals {
     }
 
     /// Reloads at every SIGHUP until SIGTERM or SIGINT.
-    async fn until_stop(mut self, reloader: &Reloader) {
+    async fn until_stop(&mut self, reloader: &Reloader) {
         loop {
             tokio::select! {
                 _ = self.terminate.recv() => return,
                 _ = self.interrupt.recv() => return,
-                _ = self.hang_up.recv() => {
-                    systemd::notify_reloading();
-                    reloader.reload();
-                    systemd::notify(&[NotifyState::Ready]);
-                }
+                // A refusal is told by the reloader.
+                _ = self.hang_up.recv() => drop(reloader.reload()),
             }
+        }
+    }
+
+    /// Waits for SIGTERM or SIGINT.
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
         }
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use quick_cache::sync::Cache;
+use tokio::runtime::Handle;
 
 use crate::audit::{self, Context};
 use crate::config::RuntimeService;
@@ -36,13 +37,14 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A gate in front of the CRI server at `image_endpoint`.
-    pub fn new(engine: Arc<Engine>, metrics: Arc<Metrics>) -> Self {
+    /// A gate in front of the CRI server at `image_endpoint`. `edge` is the runtime on which calls
+    /// are answered.
+    pub fn new(engine: Arc<Engine>, metrics: Arc<Metrics>, edge: Handle) -> Self {
         let active = engine.active();
         let containerd = &active.config.containerd;
         let image_endpoint: PathBuf = containerd.image_endpoint.clone();
         Self {
-            next_hop: NextHop::new(image_endpoint),
+            next_hop: NextHop::new(image_endpoint, edge),
             image_store: ImageStore::new(containerd.address.clone(), containerd.namespace.clone()),
             known_names: Cache::new(KNOWN_NAMES),
             metrics,

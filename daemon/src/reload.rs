@@ -1,21 +1,27 @@
 //! Live reload: on SIGHUP, and when the configuration file changes (also by the symlink swap of
 //! a ConfigMap). A file is read and checked whole, then put in force at once, or not at all.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use notify::{RecursiveMode, Watcher};
+use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 
-use crate::config::{Config, Loaded, Strategy};
+use crate::config::{Config, ConfigErrors, Loaded, Strategy};
+use crate::digest::Digest;
 use crate::engine::{Active, Engine};
 use crate::metrics::Metrics;
+use crate::systemd;
 use crate::verify::key::KeyUri;
 use crate::verify::key::pins::Pins;
 
 /// Writers replace files in several steps; their events are taken together.
 const SETTLE: Duration = Duration::from_millis(100);
+/// Files are looked at this often even if nobody tells of a change: some file systems never do.
+const LOOK_ANYWAY: Duration = Duration::from_secs(60);
 /// A refused file is tried again this often: what it names, such as a key, may come after it, in a
 /// place that is not watched.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
@@ -48,11 +54,16 @@ impl Reloader {
     }
 
     /// Reads the file and puts it in force, or says why not and leaves the old policy.
-    pub fn reload(&self) {
-        match Config::load(&self.path) {
-            Ok(loaded) => self.apply(loaded),
-            Err(errors) => self.refuse(errors.to_string()),
-        }
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn reload(&self) -> Result<(), ConfigErrors> {
+        systemd::notify_reloading();
+        let loaded = Config::load(&self.path);
+        let ended =
+            loaded.map(|loaded| self.apply(loaded)).inspect_err(|errors| self.refuse(errors.to_string()));
+        systemd::notify(&[NotifyState::Ready]);
+        ended
     }
 
     /// [`Reloader::reload`], but a refusal that was told before is not told again.
@@ -112,35 +123,60 @@ impl Reloader {
     pub async fn watch(self: Arc<Self>) {
         let (changed, mut changes) = mpsc::channel(1);
         let Some(mut watcher) = self.watcher(changed) else { return };
-        let mut watched = Vec::new();
-        let mut seen = self.contents();
+        let mut watched = BTreeMap::new();
+        let mut seen = BTreeMap::new();
         loop {
-            for directory in self.directories() {
-                if !watched.contains(&directory) {
-                    match watcher.watch(&directory, RecursiveMode::NonRecursive) {
-                        Ok(()) => watched.push(directory),
-                        Err(error) => {
-                            tracing::warn!(directory = %directory.display(), %error, "changes are not noticed; use SIGHUP");
-                        }
-                    }
-                }
+            // First watched, then read: nothing is missed in between.
+            self.follow(&mut watcher, &mut watched);
+            let now = self.contents();
+            let has_changed = |(file, text): (&PathBuf, &Option<Vec<u8>>)| match seen.get(file) {
+                Some(before) => before != text,
+                // The file may have changed since the daemon started with it.
+                None => *file == self.path && !self.is_in_force(text.as_deref()),
+            };
+            if now.iter().any(has_changed) {
+                // A refusal was told.
+                let _ = self.reload();
+                self.follow(&mut watcher, &mut watched);
+            } else if self.refused().is_some() {
+                self.try_again();
             }
+            seen = now;
+            let pause = if self.refused().is_some() { TRY_AGAIN } else { LOOK_ANYWAY };
             tokio::select! {
                 change = changes.recv() => match change {
                     Some(()) => tokio::time::sleep(SETTLE).await,
                     None => return,
                 },
-                () = tokio::time::sleep(TRY_AGAIN), if self.refused().is_some() => {}
+                () = tokio::time::sleep(pause) => {}
             }
             let _ = changes.try_recv();
-            let now = self.contents();
-            if now != seen {
-                seen = now;
-                self.reload();
-            } else if self.refused().is_some() {
-                self.try_again();
+        }
+    }
+
+    /// Watches the directories of all files, and no others. One that is watched already may have
+    /// been replaced by another of that name, so it is watched again.
+    fn follow(&self, watcher: &mut impl Watcher, watched: &mut BTreeMap<PathBuf, bool>) {
+        let wanted = self.directories();
+        for gone in watched.keys().filter(|directory| !wanted.contains(*directory)) {
+            // It may not even be there any more.
+            let _ = watcher.unwatch(gone);
+        }
+        watched.retain(|directory, _| wanted.contains(directory));
+        for directory in wanted {
+            let failed = watcher.watch(&directory, RecursiveMode::NonRecursive).err();
+            let was_well = watched.insert(directory.clone(), failed.is_none()).unwrap_or(true);
+            if let Some(error) = failed.filter(|_| was_well) {
+                tracing::warn!(
+                    directory = %directory.display(), %error,
+                    "changes are only noticed within {} s; `pullgate reload` does it at once", LOOK_ANYWAY.as_secs()
+                );
             }
         }
+    }
+
+    fn is_in_force(&self, text: Option<&[u8]>) -> bool {
+        text.is_some_and(|text| Digest::sha256(text).hex().starts_with(&self.engine.active().fingerprint))
     }
 
     fn watcher(&self, changed: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
@@ -151,7 +187,7 @@ impl Reloader {
         match notify::recommended_watcher(on_event) {
             Ok(watcher) => Some(watcher),
             Err(error) => {
-                tracing::warn!(%error, "file changes can't be watched; use SIGHUP");
+                tracing::warn!(%error, "file changes can't be watched; use `pullgate reload`");
                 None
             }
         }
@@ -173,16 +209,18 @@ impl Reloader {
         files
     }
 
-    fn contents(&self) -> Vec<Option<Vec<u8>>> {
-        self.files().iter().map(|file| std::fs::read(file).ok()).collect()
+    fn contents(&self) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+        self.files().into_iter().map(|file| (file.clone(), std::fs::read(file).ok())).collect()
     }
 
-    fn directories(&self) -> Vec<PathBuf> {
-        let parent = |file: &PathBuf| match file.parent() {
+    /// Where the files are, and where symbolic links to them lead.
+    fn directories(&self) -> BTreeSet<PathBuf> {
+        let parent = |file: PathBuf| match file.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
         };
-        self.files().iter().map(parent).collect()
+        let targets = self.files().into_iter().filter_map(|file| file.canonicalize().ok());
+        self.files().into_iter().chain(targets).map(parent).collect()
     }
 }
 

@@ -226,6 +226,60 @@ async fn a_config_map_that_is_swapped_reloads_the_policy() -> Result<()> {
     guarded.is_open().await
 }
 
+/// Configuration management that keeps the file elsewhere, and a folder that is replaced as a whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_s_target_and_a_replaced_folder_are_watched() -> Result<()> {
+    let guarded = Guarded::start().await?;
+    let file = guarded.pullgate.config();
+    let folder = guarded.world.folder("elsewhere")?;
+    let strict = std::fs::read_to_string(&file)?;
+    let open = strict.replace(&guarded.strict(), &guarded.open());
+    let target = folder.join("real.yaml");
+    std::fs::write(&target, &open)?;
+    let link = || -> Result<()> {
+        let new = file.with_extension("new");
+        std::os::unix::fs::symlink(&target, &new)?;
+        Ok(std::fs::rename(new, &file)?)
+    };
+    guarded.reload("ok", link).await?;
+    guarded.is_open().await?;
+    guarded.reload("ok", || Ok(std::fs::write(&target, &strict)?)).await?;
+    guarded.is_strict().await?;
+    let replace = || -> Result<()> {
+        std::fs::rename(&folder, folder.with_extension("old"))?;
+        std::fs::create_dir(&folder)?;
+        Ok(std::fs::write(&target, &open)?)
+    };
+    guarded.reload("ok", replace).await?;
+    guarded.is_open().await?;
+    guarded.reload("ok", || Ok(std::fs::write(&target, &strict)?)).await?;
+    guarded.is_strict().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reload_waits_for_the_answer_and_says_what_is_wrong() -> Result<()> {
+    let guarded = Guarded::start().await?;
+    let reload = async || guarded.pullgate.admin(&["reload"]).await;
+    let done = reload().await?.ok()?;
+    assert!(done.stdout.starts_with("the file is in force, as policy "), "{}", done.stdout);
+    guarded.pullgate.reconfigure(&guarded.world, &guarded.open())?;
+    reload().await?.ok()?;
+    guarded.is_open().await?;
+
+    let socket = guarded.pullgate.socket().with_file_name("a");
+    let file = guarded.pullgate.config();
+    let good = std::fs::read_to_string(&file)?;
+    std::fs::write(&file, BAD)?;
+    let refused = guarded.pullgate.admin(&["reload", "--admin", text(&socket)?]).await?;
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    tells_every_mistake(&file, &refused.stderr);
+    guarded.is_open().await?;
+    std::fs::write(&file, good)?;
+    guarded.pullgate.stop().await?;
+    assert_eq!(reload().await?.status.code(), Some(3));
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_file_leaves_the_old_policy_and_says_so_until_it_is_mended() -> Result<()> {
     let guarded = Guarded::start().await?;

@@ -652,6 +652,24 @@ async fn a_stop_is_bounded_where_a_pull_never_ends() -> Result<()> {
     Ok(())
 }
 
+/// Who presses Ctrl-C twice does not want to wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_ctrl_c_ends_it_at_once() -> Result<()> {
+    let world = World::start().await?;
+    let pullgate = Pullgate::start(&world, &allow(&world)).await?;
+    let (_gate, pull) = held_pull(&world, &pullgate).await?;
+    pullgate.signal(Signal::SIGINT)?;
+    wait::until_true("it to drain", || pullgate.log().contains("calls in flight are finished first")).await?;
+    let begin = Instant::now();
+    pullgate.signal(Signal::SIGINT)?;
+    assert!(pull.await?.is_err());
+    let ended = pullgate.stop().await?;
+    assert_eq!(ended.code(), Some(0), "{}", pullgate.log());
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert!(pullgate.log().contains("calls in flight are dropped"), "{}", pullgate.log());
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn health_and_metrics_are_served_on_tcp_and_on_a_unix_socket() -> Result<()> {
     let world = World::start().await?;

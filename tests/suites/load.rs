@@ -577,6 +577,10 @@ async fn a_store_that_another_pullgate_holds_is_used_once_it_lets_go() -> Result
     assert_eq!(new.cri().pull(&other.by_tag()).await?, other.config_digest, "it works without");
     assert!(new.log().contains("verdicts are kept in memory only"), "{}", new.log());
     assert!(!new.log().contains(SET_ASIDE), "a held lock is no damage");
+    let purge = new.admin(&["cache", "purge", "--all"]).await?;
+    assert_eq!(purge.status.code(), Some(1), "what is on disk would come back: {purge:?}");
+    assert!(purge.stderr.contains("purge again when"), "{purge:?}");
+    assert_eq!(new.cri().pull(&other.by_tag()).await?, other.config_digest);
     old.pullgate.stop().await?;
     wait::until("both verdicts on disk", wait::LONG, async || {
         let said = new.admin(&["cache", "stats", "--output", "json"]).await?.ok()?.stdout;

@@ -5,6 +5,8 @@ use anyhow::{Context, Result};
 use pullgate_tests::cri::v1;
 use pullgate_tests::{Fault, Gate, Image, KeyPair, Pullgate, Pushed, Rule, Version, World, policy, wait};
 use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+use tonic::Status;
 
 pullgate_tests::on_both! {
     what_ctr_imported_or_pulled_is_absent_unless_it_is_allowed,
@@ -17,6 +19,8 @@ pullgate_tests::on_both! {
     names_of_one_digest_are_judged_each_by_its_own_rule,
     a_verbose_answer_about_a_denied_image_says_nothing,
     a_pulled_tag_is_recorded_and_moves_with_the_registry,
+    what_is_there_is_pulled_again_while_its_tag_is_resolved,
+    a_pull_begun_early_counts_for_nothing_where_the_tag_has_moved,
 }
 
 /// A world in which one key signs, and pullgate requires it everywhere but where a rule says else.
@@ -55,6 +59,11 @@ impl Gated {
         let image = self.unsigned(name).await?;
         self.sign(&image).await?;
         Ok(image)
+    }
+
+    fn pulling(&self, image: &Pushed) -> JoinHandle<Result<String, Status>> {
+        let (cri, name) = (self.pullgate.cri().clone(), image.by_tag());
+        tokio::spawn(async move { cri.pull(&name).await })
     }
 
     /// Puts an image on the node past the gate, as the CRI records it: by tag, digest and id.
@@ -396,5 +405,65 @@ async fn a_pulled_tag_is_recorded_and_moves_with_the_registry(version: Version) 
     // The old image has lost its tag, not its place.
     let left = gated.told(&old.config_digest).await?.context("absent")?;
     assert_eq!((left.repo_tags.len(), left.repo_digests), (0, vec![old.by_digest()]));
+    Ok(())
+}
+
+/// One round trip to the registry, not two: both requests stand before the gates at one time.
+async fn what_is_there_is_pulled_again_while_its_tag_is_resolved(version: Version) -> Result<()> {
+    let gated = Gated::on(version).await?;
+    let image = gated.signed("app").await?;
+    gated.pullgate.cri().pull(&image.by_tag()).await?;
+    let (tag, digest) = (Gate::new(), Gate::new());
+    let hold = |pointer: &str, gate: &Gate| {
+        gated
+            .world
+            .registry
+            .proxy
+            .inject(Rule::on(&format!("/v2/app/manifests/{pointer}"), Fault::Hold(gate.clone())));
+    };
+    hold(&image.tag, &tag);
+    hold(&image.digest, &digest);
+    let pull = gated.pulling(&image);
+    tag.arrived(1).await?;
+    digest.arrived(1).await?;
+    digest.open();
+    assert!(!pull.is_finished(), "the tag decides");
+    tag.open();
+    assert_eq!(pull.await??, image.config_digest);
+    gated.told(&image.by_tag()).await?.context("absent")?;
+    Ok(())
+}
+
+async fn a_pull_begun_early_counts_for_nothing_where_the_tag_has_moved(version: Version) -> Result<()> {
+    let gated = Gated::on(version).await?;
+    let old = gated.signed("app").await?;
+    gated.pullgate.cri().pull(&old.by_tag()).await?;
+    let next = Image::new("app").tag("next").push(&gated.world.registry).await?;
+    gated.sign(&next).await?;
+    let bad = Image::new("app").tag("bad").push(&gated.world.registry).await?;
+    let oci = gated.world.registry.oci();
+    // The early pull never ends: whoever waited for it would not end, either.
+    let early = Gate::new();
+    let path = format!("/v2/app/manifests/{}", old.digest);
+    gated.world.registry.proxy.inject(Rule::on(&path, Fault::Hold(early.clone())));
+    let moved = async |to: &Pushed, count: usize| -> Result<Result<String, Status>> {
+        let tag = Gate::new();
+        let held = format!("/v2/app/manifests/{}", old.tag);
+        gated.world.registry.proxy.inject(Rule::on(&held, Fault::Hold(tag.clone())).method("HEAD").times(1));
+        let pull = gated.pulling(&old);
+        tag.arrived(1).await?;
+        early.arrived(count).await?;
+        oci.retag("app", &to.tag, &old.tag).await?;
+        tag.open();
+        Ok(pull.await?)
+    };
+    let refused = moved(&bad, 1).await?.err().context("it was pulled")?;
+    assert!(
+        refused.message().contains(&bad.digest) && refused.message().contains(": unsigned: "),
+        "{refused}"
+    );
+    assert_eq!(gated.told(&old.by_tag()).await?.context("absent")?.id, old.config_digest);
+    assert_eq!(moved(&next, 2).await??, next.config_digest);
+    assert_eq!(gated.told(&old.by_tag()).await?.context("absent")?.id, next.config_digest);
     Ok(())
 }

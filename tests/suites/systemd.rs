@@ -165,7 +165,8 @@ async fn a_reload_swaps_the_policy_and_a_bad_file_leaves_it() -> Result<()> {
     node.cri.pull(&image.by_tag()).await?;
 
     node.configure("strategy: alow")?;
-    node.machine.run_ok(&["systemctl", "reload", SERVICE]).await?;
+    let failed = node.machine.run(&["systemctl", "reload", SERVICE]).await?;
+    assert_ne!(failed.status.code(), Some(0), "whoever reloads a bad file is told");
     let refused = node.journal(1, &[&format!("MESSAGE_ID={POLICY_REFUSED}")]).await?;
     assert_eq!(refused[0]["PRIORITY"], "3");
     assert_eq!(refused[0]["PULLGATE_POLICY"], loaded[1]["PULLGATE_POLICY"], "the one that stays");

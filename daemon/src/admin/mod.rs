@@ -41,6 +41,7 @@ impl Admin {
                 .collect();
         let answer = match (request.method(), request.uri().path()) {
             (&Method::GET, "/status") => Ok(self.status().await),
+            (&Method::POST, "/reload") => self.reload(),
             (&Method::GET, "/cache/stats") => Ok(self.stats()),
             (&Method::GET, "/cache") => self.list(&query),
             (&Method::GET, "/cache/entry") => self.show(&query),
@@ -77,6 +78,12 @@ impl Admin {
             "storeError": self.gate.engine.store().trouble(),
             "keyConflicts": active.keys.pins().iter().filter(|pin| pin.conflict.is_some()).map(|pin| &pin.uri).collect::<Vec<_>>(),
         })
+    }
+
+    fn reload(&self) -> Answer {
+        self.reloader.reload().map_err(|errors| (StatusCode::UNPROCESSABLE_ENTITY, errors.to_string()))?;
+        let active = self.gate.engine.active();
+        Ok(json!({ "policy": active.fingerprint, "rules": active.config.policy.rules().len() }))
     }
 
     fn stats(&self) -> Value {
@@ -135,7 +142,16 @@ impl Admin {
         let doomed = filter(query)?;
         let purged = self.gate.engine.store().purge(|stored| doomed(stored));
         tracing::warn!(message_id = crate::audit::CACHE_PURGED, purged, "an operator purged verdicts");
-        Ok(json!({ "purged": purged }))
+        match self.gate.engine.store().trouble() {
+            None => Ok(json!({ "purged": purged })),
+            Some(trouble) => Err((
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!(
+                    "{purged} verdicts are purged from memory, but those on disk can't be reached now ({trouble}) \
+                     and count again once they can; purge again when `pullgate status` shows no storeError"
+                ),
+            )),
+        }
     }
 
     fn accept(&self, query: &HashMap<String, String>) -> Answer {

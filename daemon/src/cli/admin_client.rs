@@ -3,23 +3,26 @@
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use http::{Method, Request};
+use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
 use super::{AdminArgs, TRANSIENT, USAGE};
-use crate::config::Config;
+use crate::config::{Config, DEFAULT_ADMIN};
 
 impl AdminArgs {
     /// The admin socket: given, or named by the configuration.
     fn socket(&self) -> Result<PathBuf, (u8, String)> {
         match &self.admin {
             Some(socket) => Ok(socket.clone()),
-            None => Config::load(&self.config.config)
-                .map(|loaded| loaded.config.admin)
-                .map_err(|errors| (USAGE, format!("{errors}\n  help: or give the socket: --admin SOCKET"))),
+            None => match Config::load(&self.config.config) {
+                Ok(loaded) => Ok(loaded.config.admin),
+                // The daemon may be well, with the file that was there before.
+                Err(_) if Path::new(DEFAULT_ADMIN).exists() => Ok(DEFAULT_ADMIN.into()),
+                Err(errors) => Err((USAGE, format!("{errors}\n  help: or give the socket: --admin SOCKET"))),
+            },
         }
     }
 
@@ -34,7 +37,7 @@ impl AdminArgs {
     /// The exit status and a sentence with the remedy.
     pub async fn ask(&self, method: Method, path: &str) -> Result<Value, (u8, String)> {
         let socket = self.socket()?;
-        let (ok, answer) = request(&socket, method, path).await.map_err(|why| {
+        let (status, answer) = request(&socket, method, path).await.map_err(|why| {
             (
                 TRANSIENT,
                 format!(
@@ -43,17 +46,17 @@ impl AdminArgs {
                 ),
             )
         })?;
-        match ok {
+        match status.is_success() {
             true => Ok(answer),
             false => Err((
-                super::DENIED,
+                if status == StatusCode::UNPROCESSABLE_ENTITY { USAGE } else { super::DENIED },
                 answer.get("error").and_then(Value::as_str).unwrap_or("the daemon refused").to_owned(),
             )),
         }
     }
 }
 
-async fn request(socket: &Path, method: Method, path: &str) -> Result<(bool, Value), String> {
+async fn request(socket: &Path, method: Method, path: &str) -> Result<(StatusCode, Value), String> {
     let stream = UnixStream::connect(socket).await.map_err(|e| e.to_string())?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
@@ -62,9 +65,9 @@ async fn request(socket: &Path, method: Method, path: &str) -> Result<(bool, Val
         Request::builder().method(method).uri(path).header("host", "pullgate").body(Full::<Bytes>::default());
     let response =
         sender.send_request(request.map_err(|e| e.to_string())?).await.map_err(|e| e.to_string())?;
-    let ok = response.status().is_success();
+    let status = response.status();
     let body = response.into_body().collect().await.map_err(|e| e.to_string())?.to_bytes();
-    Ok((ok, serde_json::from_slice(&body).map_err(|e| format!("the answer can't be read: {e}"))?))
+    Ok((status, serde_json::from_slice(&body).map_err(|e| format!("the answer can't be read: {e}"))?))
 }
 
 /// `text` as a value in a query.

@@ -4,6 +4,7 @@ pub mod admin_client;
 mod cache;
 mod check_config;
 mod keys;
+mod reload;
 mod status;
 mod verify;
 
@@ -66,6 +67,14 @@ Examples:
   pullgate status
   pullgate status --output json | jq .configError")]
     Status(AdminArgs),
+    /// Have the running daemon read its configuration anew; a file with mistakes changes nothing
+    #[command(after_help = "\
+Example:
+  pullgate reload
+
+Exit status: 0 the file is in force, 2 it is refused, with every mistake, and the old policy stays
+in force, 3 the daemon does not answer.")]
+    Reload(AdminArgs),
     /// Look at, or forget, the verdicts that the running daemon remembers
     #[command(subcommand, after_help = "Example:\n  pullgate cache stats")]
     Cache(cache::Command),
@@ -130,6 +139,7 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => command(verify::verify(args)),
         Command::CheckConfig(args) => check_config::check(&args),
         Command::Status(args) => command(status::show(args)),
+        Command::Reload(args) => command(reload::reload(args)),
         Command::Cache(cache) => command(cache::run(cache)),
         Command::Keys(keys) => command(keys::run(keys)),
         Command::Completions { shell } => {

@@ -41,6 +41,9 @@ use crate::digest::Digest;
 /// Where the file is, unless said otherwise.
 pub const DEFAULT_PATH: &str = "/etc/pullgate/config.yaml";
 
+/// The admin socket, unless said otherwise.
+pub const DEFAULT_ADMIN: &str = "/run/pullgate/admin.sock";
+
 /// Ten thousand rules with inline keys have room; a mistaken file does not fill the memory.
 const MAX_TEXT: u64 = 4 << 20;
 

@@ -73,7 +73,7 @@ pub static TOP: &[Field] = &[
     field(
         "admin",
         Kind::Socket,
-        "/run/pullgate/admin.sock",
+        super::DEFAULT_ADMIN,
         "The socket of `pullgate status`, `pullgate cache` and the like.",
     ),
     field("stateDir", Kind::Path, "/var/lib/pullgate", "Where verdicts and pinned keys are kept."),

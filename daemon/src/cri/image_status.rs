@@ -82,12 +82,15 @@ impl Question<'_> {
         // All at once: a name whose registry hangs must not use up the patience of the others.
         let names = self.image.repo_digests.iter().chain(&self.image.repo_tags);
         let mut judged: FuturesUnordered<_> = names.map(|name| self.is_allowed_as(name, deadline)).collect();
+        let mut unknown = None;
         while let Some(allowed) = judged.next().await {
-            if allowed? {
-                return Ok(true);
+            match allowed {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                Err(status) => unknown = Some(status),
             }
         }
-        Ok(false)
+        unknown.map_or(Ok(false), Err)
     }
 
     async fn is_allowed_as(&self, name: &str, deadline: tokio::time::Instant) -> Result<bool, Status> {

@@ -5,17 +5,18 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::header::CONTENT_LENGTH;
 use http::request::Parts;
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, Request, Response, response};
 use hyper::body::Incoming;
 use prost::Message;
 use tonic::Status;
 
+use super::early_pull::{self, Permitted};
 use super::messages::{AuthConfig, PullImageRequest, PullImageResponse};
 use super::{refusal, router, wire};
 use crate::audit::{self, Context, Method};
 use crate::delegate::body::{self, Body, Unary};
 use crate::engine::Ask;
-use crate::engine::judgement::{Outcome, Permit};
+use crate::engine::judgement::Permit;
 use crate::evidence::registry::{self, Credentials};
 use crate::gate::Gate;
 
@@ -33,15 +34,28 @@ async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>
     let asked = PullImageRequest::decode(message.clone())
         .map_err(|error| Status::internal(format!("grpc: error unmarshalling request: {error}")))?;
     let (ask, context) = question(gate, &head, asked);
-    let judgement = gate.judge(&ask, &context).await;
+    let permitted = Permitted::new();
+    let judging = async {
+        let judgement = gate.judge(&ask, &context).await;
+        // Nobody else sets it.
+        let _ = permitted.set(judgement.permit().and_then(Permit::pinned));
+        judgement
+    };
+    let (judgement, early) =
+        tokio::join!(judging, early_pull::pull(gate, &ask.image, &head, &message, &permitted));
     if let Some(refused) = refusal::status(&judgement) {
         return Err(refused);
     }
-    match judgement.outcome {
-        Outcome::Allowed(_, permit) => pull(gate, head, message, &permit).await,
-        // `refusal::status` has answered these.
-        Outcome::Denied(_) | Outcome::Failed(_) => Err(Status::internal("a refusal without a text")),
-    }
+    // `refusal::status` has answered whatever has no permit.
+    let permit = judgement.permit().ok_or_else(|| Status::internal("a refusal without a text"))?;
+    let pulled = match early {
+        // The tag is recorded already: that is how the early pull knew what to pull.
+        Some((early, pulled)) if early.pinned() == permit.pinned() => pulled,
+        _ => pull(gate, &head, &message, permit).await,
+    };
+    let Pulled { head, answer } =
+        pulled.inspect_err(|status| audit::next_hop_away(permit, status.message()))?;
+    Ok(Response::from_parts(head, answer.into_body()))
 }
 
 fn question(gate: &Gate, head: &Parts, asked: PullImageRequest) -> (Ask, Context) {
@@ -97,32 +111,44 @@ fn timeout(text: &str) -> Option<Duration> {
 }
 
 /// Has the next hop pull what is permitted, and records the tag that the caller used.
-async fn pull(
-    gate: &Gate,
-    mut head: Parts,
-    message: Bytes,
-    permit: &Permit,
-) -> Result<Response<Body>, Status> {
-    let message = match permit.pinned() {
-        Some(pinned) => wire::with_image(&message, &pinned)
-            .map_err(|error| Status::internal(format!("grpc: error unmarshalling request: {error}")))?
-            .into(),
-        None => message,
-    };
-    head.headers.remove(CONTENT_LENGTH);
-    let started = Instant::now();
-    let response = gate.next_hop.send(Request::from_parts(head, body::message(&message))).await;
-    let response = response.inspect_err(|status| audit::next_hop_away(permit, status.message()))?;
-    let (head, incoming) = response.into_parts();
-    let answer = Unary::read(incoming).await?;
-    gate.metrics.delegate.with_label_values(&["PullImage"]).observe(started.elapsed().as_secs_f64());
+async fn pull(gate: &Gate, head: &Parts, message: &Bytes, permit: &Permit) -> Result<Pulled, Status> {
+    let pulled = ask_next_hop(gate, head, message, permit).await?;
     if let (Some(tag), Some(pinned)) = (permit.tag_to_record(), permit.pinned())
-        && let Err(status) = record_tag(gate, &tag, &pinned, &answer).await
+        && let Err(status) = record_tag(gate, &tag, &pinned, &pulled.answer).await
     {
         // The image is there and was proved; the kubelet will run it by its id.
         tracing::warn!(image = tag, error = status.message(), "the pulled image's tag could not be recorded");
     }
-    Ok(Response::from_parts(head, answer.into_body()))
+    Ok(pulled)
+}
+
+/// What the next hop answered to a pull.
+pub struct Pulled {
+    head: response::Parts,
+    answer: Unary,
+}
+
+/// The caller's own request, with nothing but the image reference replaced.
+pub async fn ask_next_hop(
+    gate: &Gate,
+    head: &Parts,
+    message: &Bytes,
+    permit: &Permit,
+) -> Result<Pulled, Status> {
+    let message = match permit.pinned() {
+        Some(pinned) => wire::with_image(message, &pinned)
+            .map_err(|error| Status::internal(format!("grpc: error unmarshalling request: {error}")))?
+            .into(),
+        None => message.clone(),
+    };
+    let mut head = head.clone();
+    head.headers.remove(CONTENT_LENGTH);
+    let started = Instant::now();
+    let response = gate.next_hop.send(Request::from_parts(head, body::message(&message))).await?;
+    let (head, incoming) = response.into_parts();
+    let answer = Unary::read(incoming).await?;
+    gate.metrics.delegate.with_label_values(&["PullImage"]).observe(started.elapsed().as_secs_f64());
+    Ok(Pulled { head, answer })
 }
 
 /// Makes the tag's record, and waits until the CRI plugin shows it for the pulled image.

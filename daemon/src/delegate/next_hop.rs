@@ -10,6 +10,7 @@ use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
 use tokio::net::UnixStream;
+use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 use tonic::{Code, Status};
 
@@ -20,13 +21,15 @@ use crate::http2;
 /// A client of the next hop; shared by all requests.
 pub struct NextHop {
     socket: PathBuf,
+    runtime: Handle,
     connection: Mutex<Option<SendRequest<Body>>>,
 }
 
 impl NextHop {
-    /// A client of the CRI server at `socket`, which need not be there yet.
-    pub fn new(socket: PathBuf) -> Self {
-        Self { socket, connection: Mutex::new(None) }
+    /// A client of the CRI server at `socket`, which need not be there yet. Its connection lives
+    /// on `runtime`, whoever asks first.
+    pub fn new(socket: PathBuf, runtime: Handle) -> Self {
+        Self { socket, runtime, connection: Mutex::new(None) }
     }
 
     /// The socket's path.
@@ -89,7 +92,8 @@ impl NextHop {
         if let Some(connection) = slot.as_ref().filter(|c| !c.is_closed()) {
             return Ok(connection.clone());
         }
-        let connection = self.connect().await?;
+        let connected = self.runtime.spawn(connect(self.socket.clone())).await;
+        let connection = connected.unwrap_or_else(|_| Err(Status::unavailable("pullgate stops")))?;
         *slot = Some(connection.clone());
         Ok(connection)
     }
@@ -100,31 +104,31 @@ impl NextHop {
             *slot = None;
         }
     }
+}
 
-    async fn connect(&self) -> Result<SendRequest<Body>, Status> {
-        let away = |error: std::io::Error| {
-            // The words of grpc-go, so that logs and people recognise it.
-            Status::unavailable(format!(
-                "connection error: desc = \"transport: Error while dialing: dial unix {}: connect: {}\"",
-                self.socket.display(),
-                go_errno(&error),
-            ))
-        };
-        let stream = UnixStream::connect(&self.socket).await.map_err(away)?;
-        let mut builder = Builder::new(TokioExecutor::new());
-        builder
-            .initial_stream_window_size(http2::STREAM_WINDOW)
-            .initial_connection_window_size(http2::CONNECTION_WINDOW)
-            .max_header_list_size(http2::MAX_HEADER_LIST)
-            .max_send_buf_size(http2::SEND_BUFFER);
-        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "the connection to the next hop ended");
-            }
-        });
-        Ok(sender)
-    }
+async fn connect(socket: PathBuf) -> Result<SendRequest<Body>, Status> {
+    let away = |error: std::io::Error| {
+        // The words of grpc-go, so that logs and people recognise it.
+        Status::unavailable(format!(
+            "connection error: desc = \"transport: Error while dialing: dial unix {}: connect: {}\"",
+            socket.display(),
+            go_errno(&error),
+        ))
+    };
+    let stream = UnixStream::connect(&socket).await.map_err(away)?;
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .initial_stream_window_size(http2::STREAM_WINDOW)
+        .initial_connection_window_size(http2::CONNECTION_WINDOW)
+        .max_header_list_size(http2::MAX_HEADER_LIST)
+        .max_send_buf_size(http2::SEND_BUFFER);
+    let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "the connection to the next hop ended");
+        }
+    });
+    Ok(sender)
 }
 
 /// HTTP/2 wants a scheme and an authority; gRPC clients on Unix sockets send odd ones or none.

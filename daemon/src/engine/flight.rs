@@ -7,11 +7,13 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 /// The work under way, by key.
 pub struct Flights<K, T> {
+    runtime: Handle,
     under_way: Arc<Mutex<HashMap<K, Flight<T>>>>,
 }
 
@@ -32,9 +34,13 @@ pub struct Ticket<K: Hash + Eq, T> {
     under_way: Arc<Mutex<HashMap<K, Flight<T>>>>,
 }
 
-impl<K, T> Default for Flights<K, T> {
-    fn default() -> Self {
-        Self { under_way: Arc::default() }
+impl<K, T> Flights<K, T> {
+    /// Nothing under way. Work runs on the runtime on which this is made, whoever asks for it.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime, as `tokio::spawn`.
+    pub fn here() -> Self {
+        Self { runtime: Handle::current(), under_way: Arc::default() }
     }
 }
 
@@ -66,7 +72,7 @@ where
         let serial = SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let (sender, result) = watch::channel(None);
         let under_way = Arc::clone(&self.under_way);
-        let task = tokio::spawn(async move {
+        let task = self.runtime.spawn(async move {
             let landing = Landing { under_way, key, serial };
             let answer = work.await;
             // Out of the map first: who asks after the answer starts anew (or finds it stored).
@@ -153,7 +159,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_hundred_asks_share_one_work() {
-        let flights = Flights::<u8, usize>::default();
+        let flights = Flights::<u8, usize>::here();
         let runs = Arc::new(AtomicUsize::new(0));
         let go = Arc::new(Notify::new());
         let mut tickets: Vec<_> = (0..100)
@@ -176,7 +182,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_that_nobody_waits_for_is_cancelled() {
-        let flights = Flights::<u8, ()>::default();
+        let flights = Flights::<u8, ()>::here();
         let (dropped, was_dropped) = oneshot::channel::<()>();
         let work = || async move {
             let _dropped = dropped;
@@ -195,7 +201,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_left_running_finishes() {
-        let flights = Flights::<u8, ()>::default();
+        let flights = Flights::<u8, ()>::here();
         let (finish, finished) = oneshot::channel();
         let go = Arc::new(Notify::new());
         let waiting = go.clone();
@@ -210,7 +216,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_no_answer_and_blocks_nobody() {
-        let flights = Flights::<u8, ()>::default();
+        let flights = Flights::<u8, ()>::here();
         let (mut ticket, _) = flights.join(1, || async { panic!("a bug") });
         assert_eq!(ticket.wait().await, None);
         drop(ticket);

@@ -147,9 +147,17 @@ impl Judgement {
         self.rule.as_ref().is_some_and(|rule| rule.strategy == "dev")
     }
 
+    /// Leave to pull it, if it is allowed.
+    pub fn permit(&self) -> Option<&Permit> {
+        match &self.outcome {
+            Outcome::Allowed(_, permit) => Some(permit),
+            Outcome::Denied(_) | Outcome::Failed(_) => None,
+        }
+    }
+
     /// Whether it is allowed.
     pub fn is_allowed(&self) -> bool {
-        matches!(self.outcome, Outcome::Allowed(..))
+        self.permit().is_some()
     }
 }
 

@@ -6,6 +6,7 @@ pub mod judgement;
 mod verification;
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,18 +18,18 @@ use crate::config::{Config, DefaultAction, Loaded, SignedBy, Strategy};
 use crate::digest::Digest;
 use crate::evidence::registry::{Access, Credentials, EcrSettings, FetchError, Registry, Settings};
 use crate::metrics::Metrics;
-use crate::reference::{Pointer, Reference};
+use crate::reference::{Pointer, Reference, Repository};
 use crate::store::{Found, Lifetimes, Stored, Verdict, VerdictKey, VerdictStore};
 use crate::verdict::{AllowReason, DenyReason, Failure, FailureReason, Stop};
-use crate::verify::key::KeyRing;
 use crate::verify::key::kms::Kms;
 use crate::verify::key::pins::Pins;
-use flight::Flights;
+use crate::verify::key::{KeyRing, TrustedKey};
+use flight::{Flights, Ticket};
 use judgement::{AppliedRule, CacheState, Judgement, Outcome, Permit};
 use verification::Verification;
 
-/// A verification that outlived its callers is given up after this long.
-const LONGEST_VERIFICATION: Duration = Duration::from_secs(30);
+/// Work that outlived its callers is given up after this long.
+const LONGEST_WORK: Duration = Duration::from_secs(30);
 
 /// One question.
 #[derive(Clone, Debug)]
@@ -103,7 +104,8 @@ fn registry_settings(config: &Config) -> Settings {
 pub struct Engine {
     active: ArcSwap<Active>,
     store: Arc<VerdictStore>,
-    flights: Flights<(VerdictKey, Credentials), Result<Arc<Stored>, Failure>>,
+    verifications: Flights<(VerdictKey, Credentials), Result<Arc<Stored>, Failure>>,
+    resolutions: Flights<(Repository, String, Access), Result<Digest, Stop>>,
     at_once: Arc<Semaphore>,
     at_registries: Mutex<HashMap<String, Arc<Semaphore>>>,
     metrics: Arc<Metrics>,
@@ -132,7 +134,8 @@ impl Engine {
         Self {
             active: ArcSwap::from_pointee(active),
             store,
-            flights: Flights::default(),
+            verifications: Flights::here(),
+            resolutions: Flights::here(),
             at_once,
             at_registries: Mutex::default(),
             metrics,
@@ -185,17 +188,25 @@ impl Engine {
         };
         let access = Access { credentials: ask.credentials.clone(), plain_http: judgement.is_dev() };
         let patience = tokio::time::Instant::from_std(started + ask.patience);
-        let digest = within(patience, digest(ask, active, &reference, &access)).await?;
+        let digest = match (&ask.present, &reference.pointer) {
+            (Some(digest), _) | (None, Pointer::Digest(digest)) => digest.clone(),
+            (None, Pointer::Tag(tag)) => {
+                self.resolve(active, &reference.repository, tag, &access, patience).await?
+            }
+        };
         judgement.digest = Some(digest.clone());
-        let asked = digest.clone();
-        let key = within(patience, active.keys.get(&signed_by.key, signed_by.remote_verify)).await?;
-        let verification =
-            Verification::new(active, &reference, digest, signed_by, key, access, ask.present.is_none());
-        let stored = self.verdict(verification, patience, &active.config, judgement).await?;
+        let key = active.keys.get(&signed_by.key, signed_by.remote_verify);
+        let key = tokio::time::timeout_at(patience, key).await.unwrap_or_else(|_| Err(timeout().into()))?;
+        let question = question(&reference, &digest, signed_by, &key);
+        let verification = || {
+            let look_at_image = ask.present.is_none();
+            Verification::new(active, &reference, &digest, signed_by, key, access, look_at_image)
+        };
+        let stored = self.verdict(question, verification, patience, &active.config, judgement).await?;
         match &stored.verdict {
             Verdict::Allow(proof) => {
                 judgement.proof = Some(proof.clone());
-                Ok(Outcome::Allowed(AllowReason::Signed, Permit::proved(reference, &asked, &stored)?))
+                Ok(Outcome::Allowed(AllowReason::Signed, Permit::proved(reference, &digest, &stored)?))
             }
             Verdict::Deny(denial) => Err(denial.clone().into()),
         }
@@ -205,13 +216,13 @@ impl Engine {
     /// same; an old allow verdict stands in for a failure.
     async fn verdict(
         &self,
-        verification: Verification,
+        key: VerdictKey,
+        verification: impl FnOnce() -> Verification,
         patience: tokio::time::Instant,
         config: &Config,
         judgement: &mut Judgement,
     ) -> Result<Arc<Stored>, Stop> {
         let lifetimes = Lifetimes::from(&config.cache);
-        let key = verification.key();
         let stale = match self.store.find(&key, &lifetimes) {
             Found::Fresh(stored, tier) => {
                 judgement.cache = CacheState::Hit(tier);
@@ -221,7 +232,7 @@ impl Engine {
             Found::Nothing => None,
         };
         judgement.cache = CacheState::Miss;
-        match self.verify_once(verification, key, patience).await {
+        match self.verify_once(key, verification(), patience).await {
             Ok(stored) => Ok(stored),
             Err(failure) => {
                 // Another caller's credentials may have settled it in the meantime.
@@ -239,12 +250,12 @@ impl Engine {
 
     async fn verify_once(
         &self,
-        verification: Verification,
         key: VerdictKey,
+        verification: Verification,
         patience: tokio::time::Instant,
     ) -> Result<Arc<Stored>, Failure> {
         let whose = verification.access().credentials.clone();
-        let (mut ticket, joined) = self.flights.join((key, whose), || {
+        let (ticket, joined) = self.verifications.join((key, whose), || {
             let (store, at_once, metrics) = (self.store.clone(), self.at_once.clone(), self.metrics.clone());
             let at_registry = self.at_registry(verification.registry());
             async move {
@@ -255,7 +266,7 @@ impl Engine {
                     let _counted = Counted::up(&metrics.in_flight);
                     verification.run().await
                 };
-                let verdict = tokio::time::timeout(LONGEST_VERIFICATION, work).await;
+                let verdict = tokio::time::timeout(LONGEST_WORK, work).await;
                 let stored = store.remember(key, verdict.unwrap_or_else(|_| Err(timeout()))?);
                 let to_disk = Arc::clone(&stored);
                 tokio::task::spawn_blocking(move || store.persist(&key, &to_disk));
@@ -265,13 +276,49 @@ impl Engine {
         if joined {
             self.metrics.joins.inc();
         }
-        match tokio::time::timeout_at(patience, ticket.wait()).await {
-            Ok(answer) => answer.unwrap_or_else(|| Err(timeout())),
-            Err(_) => {
-                ticket.leave_running();
-                Err(timeout())
+        in_time(patience, ticket).await
+    }
+
+    /// What a tag points to now. Who asks while the same question is under way shares its answer.
+    async fn resolve(
+        &self,
+        active: &Active,
+        repository: &Repository,
+        tag: &str,
+        access: &Access,
+        patience: tokio::time::Instant,
+    ) -> Result<Digest, Stop> {
+        let question = (repository.clone(), tag.to_owned(), access.clone());
+        let (ticket, _) = self.resolutions.join(question.clone(), || {
+            let registry = Arc::clone(&active.registry);
+            async move {
+                let (repository, tag, access) = &question;
+                let work = registry.resolve(repository, tag, access);
+                let answer = tokio::time::timeout(LONGEST_WORK, work).await;
+                answer.unwrap_or_else(|_| Err(timeout().into())).map_err(|error| match error {
+                    FetchError::NotFound(what) => FailureReason::ImageNotFound.because(what).into(),
+                    FetchError::Denied(denial) => denial.into(),
+                    FetchError::Failed(failure) => failure.into(),
+                })
             }
-        }
+        });
+        in_time(patience, ticket).await
+    }
+
+    /// Leave to pull `digest` as `image`, if a verdict in memory gives it: no question is asked
+    /// of anybody, and none is answered. For work that may turn out to be in vain.
+    pub fn recall(&self, image: &str, digest: &Digest) -> Option<Permit> {
+        let active = self.active.load();
+        let reference = Reference::parse(image).ok()?;
+        let (Strategy::Signed(signed_by) | Strategy::Dev(signed_by)) =
+            &active.config.policy.find(&reference)?.strategy
+        else {
+            return None;
+        };
+        let key = active.keys.held(&signed_by.key)?;
+        let lifetimes = Lifetimes::from(&active.config.cache);
+        let stored = self.store.recall(&question(&reference, digest, signed_by, &key), &lifetimes)?;
+        Permit::proved(reference, digest, &stored).ok()
     }
 
     /// The places of one registry: a slow one must not hold up the others.
@@ -320,32 +367,28 @@ fn rule<'a>(
     }
 }
 
-/// The digest to judge: of the present image, of the reference, or what the tag points to now.
-async fn digest(ask: &Ask, active: &Active, reference: &Reference, access: &Access) -> Result<Digest, Stop> {
-    match (&ask.present, &reference.pointer) {
-        (Some(present), _) => Ok(present.clone()),
-        (None, Pointer::Digest(digest)) => Ok(digest.clone()),
-        (None, Pointer::Tag(tag)) => {
-            active.registry.resolve(&reference.repository, tag, access).await.map_err(|error| match error {
-                FetchError::NotFound(what) => FailureReason::ImageNotFound.because(what).into(),
-                FetchError::Denied(denial) => denial.into(),
-                FetchError::Failed(failure) => failure.into(),
-            })
+fn question(reference: &Reference, digest: &Digest, required: &SignedBy, key: &TrustedKey) -> VerdictKey {
+    VerdictKey::new(&reference.repository, digest, &fingerprint::of(required, key))
+}
+
+/// The answer of shared work, if it comes in time; if not, the work is left running.
+async fn in_time<K, T, E>(patience: tokio::time::Instant, mut ticket: Ticket<K, Result<T, E>>) -> Result<T, E>
+where
+    K: Hash + Eq,
+    Result<T, E>: Clone,
+    E: From<Failure>,
+{
+    match tokio::time::timeout_at(patience, ticket.wait()).await {
+        Ok(answer) => answer.unwrap_or_else(|| Err(timeout().into())),
+        Err(_) => {
+            ticket.leave_running();
+            Err(timeout().into())
         }
     }
 }
 
-/// Work that no other caller shares ends with this caller's patience.
-async fn within<T>(
-    patience: tokio::time::Instant,
-    work: impl Future<Output = Result<T, Stop>>,
-) -> Result<T, Stop> {
-    tokio::time::timeout_at(patience, work).await.unwrap_or_else(|_| Err(timeout().into()))
-}
-
 fn timeout() -> Failure {
-    FailureReason::Timeout
-        .because("the verification did not end within the deadline; it goes on in the background")
+    FailureReason::Timeout.because("no verdict within the deadline; what was begun goes on in the background")
 }
 
 impl From<&crate::config::Cache> for Lifetimes {

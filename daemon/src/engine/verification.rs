@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use futures_util::stream::StreamExt;
 
-use super::{Active, fingerprint};
+use super::Active;
 use crate::config::{Limits, SignedBy};
 use crate::digest::Digest;
 use crate::evidence::cosign::Signatures;
 use crate::evidence::registry::{Access, FetchError, Registry};
 use crate::reference::{Pointer, Reference, Repository};
-use crate::store::{Stored, Verdict, VerdictKey};
+use crate::store::{Stored, Verdict};
 use crate::verdict::{DenyReason, Failure, FailureReason, Stop};
 use crate::verify::Proof;
 use crate::verify::key::TrustedKey;
@@ -34,7 +34,7 @@ impl Verification {
     pub(super) fn new(
         active: &Active,
         reference: &Reference,
-        digest: Digest,
+        digest: &Digest,
         required: &SignedBy,
         key: Arc<TrustedKey>,
         access: Access,
@@ -43,18 +43,13 @@ impl Verification {
         Self {
             registry: Arc::clone(&active.registry),
             repository: reference.repository.clone(),
-            digest,
+            digest: digest.clone(),
             required: required.clone(),
             key,
             limits: active.config.limits.clone(),
             access,
             look_at_image,
         }
-    }
-
-    /// The question that this verification answers.
-    pub(super) fn key(&self) -> VerdictKey {
-        VerdictKey::new(&self.repository, &self.digest, &fingerprint::of(&self.required, &self.key))
     }
 
     /// The registry that it asks.
@@ -77,12 +72,14 @@ impl Verification {
     }
 
     async fn prove(&self) -> Result<Proof, Stop> {
-        // Both at once: the second does not depend on the first, and a round trip is saved.
-        let (image, signatures) = tokio::join!(
+        let signatures =
+            Signatures::list(&self.registry, &self.repository, &self.digest, &self.limits, &self.access);
+        // Both at once: the second does not depend on the first, and a round trip is saved. Only
+        // what is wrong with the image ends both.
+        let ((), signatures) = tokio::try_join!(
             async { if self.look_at_image { self.see_image().await } else { Ok(()) } },
-            Signatures::list(&self.registry, &self.repository, &self.digest, &self.limits, &self.access),
-        );
-        image?;
+            async { Ok::<_, Stop>(signatures.await) },
+        )?;
         match signatures {
             Ok(signatures) => self.any_good(&signatures).await,
             Err(Stop::Denied(denial)) if denial.reason == DenyReason::Unsigned && !self.look_at_image => {

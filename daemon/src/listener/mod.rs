@@ -1,5 +1,6 @@
 //! The listener: Unix sockets, from systemd or bound here, and who may speak on them.
 
+pub mod edge;
 pub mod serve;
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};

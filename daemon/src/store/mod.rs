@@ -118,6 +118,14 @@ impl VerdictStore {
         found
     }
 
+    /// An allow verdict within its lifetime, if memory holds one. It does not count as a look-up.
+    pub fn recall(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Option<Arc<Stored>> {
+        match classify(self.tiers.memory.get(key)?, "memory", lifetimes) {
+            Found::Fresh(stored, _) if stored.is_allow() => Some(stored),
+            _ => None,
+        }
+    }
+
     fn load(&self, key: &VerdictKey) -> Option<Arc<Stored>> {
         let Some(stored) = self.tiers.disk.get(key) else {
             self.mend();

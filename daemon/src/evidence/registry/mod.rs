@@ -62,7 +62,7 @@ pub struct Settings {
 }
 
 /// How one pull may reach its registry.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Access {
     /// The pull's own credentials.
     pub credentials: Credentials,

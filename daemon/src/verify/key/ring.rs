@@ -49,7 +49,7 @@ impl KeyRing {
             metrics,
         };
         shelf.count_conflicts();
-        Self { shelf: Arc::new(shelf), flights: Flights::default() }
+        Self { shelf: Arc::new(shelf), flights: Flights::here() }
     }
 
     /// The key that `uri` names; with `remote`, one that KMS verifies with.
@@ -67,6 +67,11 @@ impl KeyRing {
             }
             _ => Ok(key),
         }
+    }
+
+    /// The key that `uri` names, if it is known without asking anybody.
+    pub fn held(&self, uri: &KeyUri) -> Option<Arc<TrustedKey>> {
+        self.shelf.fresh(uri)?.ok()
     }
 
     async fn local(&self, uri: &KeyUri) -> Answer {
