@@ -1,19 +1,24 @@
 //! Image references, parsed and normalised as containerd does (`distribution/reference`).
 //!
-//! The grammar is oci-spec's port of that package. Where the port is wider or narrower than
-//! containerd, this module refuses: what we can't read exactly as containerd would is denied.
+//! The grammar is small and walked by hand: the regular expression by which oci-spec reads it
+//! holds Unicode tables of some MiB and takes longer than all the rest of a judgement from memory.
+//! A test holds this module to oci-spec's reading. What we can't read exactly as containerd
+//! would is denied.
 
 use std::fmt;
 use std::net::Ipv6Addr;
 
-use oci_spec::distribution::Reference as OciReference;
-
-use crate::digest::Digest;
+use crate::digest::{Digest, InvalidDigest};
 
 /// Longest text that is looked at: 255 characters of name, a tag, a digest, and some slack.
 const MAX_LENGTH: usize = 1024;
-/// Stands in for an IPv6 host while oci-spec, which does not know them, parses the rest.
-const IPV6_PLACEHOLDER: &str = "ipv6.invalid";
+/// Longest path of a repository (`RepositoryNameTotalLengthMax`).
+const MAX_PATH: usize = 255;
+/// Longest tag.
+const MAX_TAG: usize = 128;
+
+const DOCKER_HUB: &str = "docker.io";
+const DOCKER_HUB_LEGACY: &str = "index.docker.io";
 
 /// A repository: registry host (with port, if any) and path, such as `docker.io/library/busybox`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -83,40 +88,105 @@ impl Reference {
         if text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             return invalid("a repository can't be named by 64 hex digits".into());
         }
-        let (host, rest) = ipv6_host(text)?;
-        let parsed =
-            OciReference::try_from(rest.as_str()).map_err(|error| InvalidReference(error.to_string()))?;
-        let registry = host.unwrap_or_else(|| parsed.registry().to_owned());
-        // containerd keeps a host's case, DNS ignores it: one host, two names for the rules.
-        let first = text.split('/').next().unwrap_or_default();
-        if registry.bytes().any(|b| b.is_ascii_uppercase())
-            || (text.contains('/') && first.bytes().any(|b| b.is_ascii_uppercase()))
-        {
-            return invalid("the registry's name must be in lower case".into());
-        }
-        let pointer = match (parsed.digest(), parsed.tag()) {
-            (Some(digest), _) => Pointer::Digest(
-                digest.parse().map_err(|e: crate::digest::InvalidDigest| InvalidReference(e.to_string()))?,
-            ),
-            (None, Some(tag)) => Pointer::Tag(tag.to_owned()),
-            (None, None) => return invalid("it has neither tag nor digest".into()),
+        let (registry, rest) = split_registry(text);
+        let registry = match registry.starts_with('[') {
+            true => ipv6_host(registry)?,
+            false => named_host(registry)?.to_owned(),
         };
-        let repository = Repository { registry, path: parsed.repository().to_owned() };
-        Ok(Self { repository, pointer })
+        let (name, digest) = rest.split_once('@').map_or((rest, None), |(name, digest)| (name, Some(digest)));
+        let (path, tag) = name.split_once(':').map_or((name, None), |(path, tag)| (path, Some(tag)));
+        let path = match registry == DOCKER_HUB && !path.contains('/') {
+            true => format!("library/{}", checked_path(path)?),
+            false => checked_path(path)?.to_owned(),
+        };
+        let tag = tag.map(checked_tag).transpose()?;
+        let pointer = match digest {
+            Some(digest) => {
+                Pointer::Digest(digest.parse().map_err(|e: InvalidDigest| InvalidReference(e.to_string()))?)
+            }
+            None => Pointer::Tag(tag.unwrap_or("latest").to_owned()),
+        };
+        Ok(Self { repository: Repository { registry, path }, pointer })
     }
 }
 
-/// Takes a leading `[IPv6]` host (with port) out of `text`, leaving a name in its place.
-fn ipv6_host(text: &str) -> Result<(Option<String>, String), InvalidReference> {
-    if !text.starts_with('[') {
-        return Ok((None, text.to_owned()));
+/// The registry, and what follows it: the first component is a registry only if it looks like one
+/// (`splitDockerDomain`). An upper-case one does too, so that it is refused as such.
+fn split_registry(text: &str) -> (&str, &str) {
+    let is_host = |first: &str| {
+        first.contains(['.', ':']) || first == "localhost" || first.bytes().any(|b| b.is_ascii_uppercase())
+    };
+    match text.split_once('/') {
+        Some((DOCKER_HUB_LEGACY, rest)) => (DOCKER_HUB, rest),
+        Some((first, rest)) if is_host(first) => (first, rest),
+        _ => (DOCKER_HUB, text),
     }
-    let invalid = || InvalidReference("its IPv6 host is not of the form [address]:port/".into());
-    let (host, path) = text.split_once('/').ok_or_else(invalid)?;
-    let (address, port) = host.split_once(']').ok_or_else(invalid)?;
-    let address: Ipv6Addr = address.trim_start_matches('[').parse().map_err(|_| invalid())?;
-    // One address has many spellings; the rules see one.
-    Ok((Some(format!("[{address}]{port}")), format!("{IPV6_PLACEHOLDER}{port}/{path}")))
+}
+
+/// `[address]:port`, in the one spelling of the address that the rules see.
+fn ipv6_host(text: &str) -> Result<String, InvalidReference> {
+    let invalid = || InvalidReference(format!("its host `{text}` is not of the form [address]:port"));
+    let (address, rest) = text.strip_prefix('[').and_then(|text| text.split_once(']')).ok_or_else(invalid)?;
+    let address: Ipv6Addr = address.parse().map_err(|_| invalid())?;
+    match rest.strip_prefix(':') {
+        Some(port) if is_number(port) => Ok(format!("[{address}]:{port}")),
+        None if rest.is_empty() => Ok(format!("[{address}]")),
+        _ => Err(invalid()),
+    }
+}
+
+/// `host` or `host:port`.
+fn named_host(text: &str) -> Result<&str, InvalidReference> {
+    // containerd keeps a host's case, DNS ignores it: one host, two names for the rules.
+    if text.bytes().any(|b| b.is_ascii_uppercase()) {
+        return Err(InvalidReference("the registry's name must be in lower case".into()));
+    }
+    let (host, port) = text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port)));
+    let is_label = |label: &str| {
+        let inside = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(inside)
+    };
+    // `distribution/reference` takes `my_host.lan/a` for one long path, and containerd then asks my_host.lan.
+    match (host.split('.').all(is_label) && port.is_none_or(is_number)) || is_component(text) {
+        true => Ok(text),
+        false => Err(InvalidReference(format!("its registry `{text}` is not of the form host or host:port"))),
+    }
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// Lower-case letters and digits, with `.`, `_`, `__` or dashes between them.
+fn is_component(text: &str) -> bool {
+    let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let is_separator = |text: &str| matches!(text, "." | "_" | "__") || text.bytes().all(|b| b == b'-');
+    text.starts_with(is_word) && text.ends_with(is_word) && text.split(is_word).all(is_separator)
+}
+
+fn checked_path(path: &str) -> Result<&str, InvalidReference> {
+    if path.len() > MAX_PATH {
+        return Err(InvalidReference(format!("its repository's name is longer than {MAX_PATH} characters")));
+    }
+    match path.split('/').all(is_component) {
+        true => Ok(path),
+        false => Err(InvalidReference(format!(
+            "its repository `{path}` is not of lower-case letters and digits, with `.`, `_`, `__` or `-` between them"
+        ))),
+    }
+}
+
+fn checked_tag(tag: &str) -> Result<&str, InvalidReference> {
+    let is_word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    let is_tag = tag.bytes().next().is_some_and(is_word)
+        && tag.bytes().all(|b| is_word(b) || matches!(b, b'.' | b'-'))
+        && tag.len() <= MAX_TAG;
+    match is_tag {
+        true => Ok(tag),
+        false => Err(InvalidReference(format!(
+            "its tag `{tag}` is not of at most {MAX_TAG} letters, digits, `_`, `.` and `-`"
+        ))),
+    }
 }
 
 impl fmt::Display for Reference {
@@ -194,6 +264,86 @@ mod tests {
         ] {
             assert!(Reference::parse(text).is_err(), "{text:?}");
         }
+    }
+
+    /// Texts put together from the grammar's own pieces and from what breaks it: oci-spec's port of
+    /// `distribution/reference` reads each in the same way, but for what is refused on purpose.
+    #[test]
+    fn the_grammar_is_that_of_oci_spec() {
+        let long = "a".repeat(130);
+        let (sha256, sha512) = (format!("@sha256:{HEX}"), format!("@sha512:{HEX}{HEX}"));
+        let digests = ["", "@", "@sha256:", "@a", &sha256, &sha512, &sha256[..40]];
+        let hosts = [
+            "",
+            "docker.io/",
+            "index.docker.io/",
+            "localhost/",
+            "a/",
+            "a.b/",
+            "a-b.c:5000/",
+            "-a.b/",
+            "a-.b/",
+            "a..b/",
+            "a:/",
+            "a:5x/",
+            "a_b.c/",
+            "a.b./",
+            "1.2.3.4:80/",
+            ".a/",
+            "a@b.c/",
+        ];
+        let paths = [
+            "",
+            "a",
+            "a/b",
+            "a/b/c",
+            "a.b",
+            "a..b",
+            "a_b",
+            "a__b",
+            "a___b",
+            "a-b",
+            "a---b",
+            "a.-b",
+            "a_-b",
+            "-a",
+            "a-",
+            ".a",
+            "a/",
+            "a//b",
+            "a/.b",
+            "a1/2b",
+            "A",
+            "a/B",
+            "a+b",
+            "a%b",
+            "library/a",
+            &long,
+        ];
+        let tags =
+            ["", ":", ":a", ":A_b.c-1", ":.a", ":-a", ":_a", ":a:b", ":a+b", ":5000", &format!(":{long}")];
+        let mut texts = Vec::new();
+        for (host, path) in hosts.iter().flat_map(|host| paths.iter().map(move |path| (host, path))) {
+            for (tag, digest) in tags.iter().flat_map(|tag| digests.iter().map(move |digest| (tag, digest))) {
+                texts.push(format!("{host}{path}{tag}{digest}"));
+            }
+        }
+        let mut read = 0;
+        for text in texts {
+            let ours = Reference::parse(&text).ok();
+            let theirs = oci_spec::distribution::Reference::try_from(text.as_str()).ok();
+            let theirs = theirs.map(|theirs| {
+                let (registry, path) = (theirs.registry().to_owned(), theirs.repository().to_owned());
+                let pointer = match theirs.digest() {
+                    Some(digest) => Pointer::Digest(digest.parse().unwrap()),
+                    None => Pointer::Tag(theirs.tag().unwrap().to_owned()),
+                };
+                Reference { repository: Repository { registry, path }, pointer }
+            });
+            assert_eq!(ours, theirs, "{text}");
+            read += usize::from(ours.is_some());
+        }
+        assert!(read > 1000, "the pieces make too few references: {read}");
     }
 
     #[test]
