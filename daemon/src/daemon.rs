@@ -31,7 +31,7 @@ const DRAIN: Duration = Duration::from_secs(25);
 const SWEEP: Duration = Duration::from_secs(10);
 /// Who may speak to the admin socket, whoever may speak to the gate.
 const ADMINS: &[u32] = &[0];
-/// A node has many cores and few pulls.
+/// Threads for verification, beside the edge's. A node has many cores and few pulls.
 const MOST_WORKERS: usize = 4;
 
 /// Runs the daemon until it is told to stop.

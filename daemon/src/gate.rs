@@ -15,7 +15,7 @@ use crate::engine::judgement::Judgement;
 use crate::engine::{Ask, Engine};
 use crate::metrics::Metrics;
 
-/// Names that were looked up in containerd's store; a node has some hundred images.
+/// Names of images that are remembered; a node has some hundred images.
 const KNOWN_NAMES: usize = 2048;
 
 /// Shared by all connections.
@@ -31,6 +31,8 @@ pub struct Gate {
     /// name to it, the digest that was proved stands. That spares a call of containerd's API for
     /// each `ImageStatus`; only root can give a name another digest with the same id unproved.
     pub known_names: Cache<(String, String), Digest>,
+    /// What tags pointed to when they were pulled the last time.
+    pub pulled_tags: Cache<String, Digest>,
     /// Metrics.
     pub metrics: Arc<Metrics>,
     runtime_service: RuntimeService,
@@ -47,6 +49,7 @@ impl Gate {
             next_hop: NextHop::new(image_endpoint, edge),
             image_store: ImageStore::new(containerd.address.clone(), containerd.namespace.clone()),
             known_names: Cache::new(KNOWN_NAMES),
+            pulled_tags: Cache::new(KNOWN_NAMES),
             metrics,
             runtime_service: active.config.runtime_service,
             engine,

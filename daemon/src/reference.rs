@@ -19,6 +19,9 @@ const MAX_TAG: usize = 128;
 
 const DOCKER_HUB: &str = "docker.io";
 const DOCKER_HUB_LEGACY: &str = "index.docker.io";
+/// Hosts that serve what is named `docker.io`.
+const DOCKER_HUB_HOSTS: &[&str] =
+    &[DOCKER_HUB, DOCKER_HUB_LEGACY, "registry-1.docker.io", "registry.hub.docker.com"];
 
 /// A repository: registry host (with port, if any) and path, such as `docker.io/library/busybox`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -36,6 +39,29 @@ impl Repository {
     /// The path within the registry: `library/busybox`.
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// The same repository by its registry's plain name, where this one spells it out: with the port
+    /// that https has anyway, with zeros before the port, or as a host behind Docker Hub.
+    pub fn plain(&self) -> Option<Self> {
+        let (host, port) = match self.registry.rsplit_once(':') {
+            Some((host, port)) if is_number(port) => (host, port.trim_start_matches('0')),
+            _ => (self.registry.as_str(), "443"),
+        };
+        let is_registry = host.contains('.') || host == "localhost" || host.ends_with(']');
+        let registry = match port {
+            "443" if DOCKER_HUB_HOSTS.contains(&host) => DOCKER_HUB.to_owned(),
+            "443" if is_registry => host.to_owned(),
+            port => format!("{host}:{port}"),
+        };
+        if registry == self.registry {
+            return None;
+        }
+        let path = match registry == DOCKER_HUB && !self.path.contains('/') {
+            true => format!("library/{}", self.path),
+            false => self.path.clone(),
+        };
+        Some(Self { registry, path })
     }
 
     /// `repository@digest`: the only form in which an image is asked for.
@@ -96,8 +122,8 @@ impl Reference {
         let (name, digest) = rest.split_once('@').map_or((rest, None), |(name, digest)| (name, Some(digest)));
         let (path, tag) = name.split_once(':').map_or((name, None), |(path, tag)| (path, Some(tag)));
         let path = match registry == DOCKER_HUB && !path.contains('/') {
-            true => format!("library/{}", checked_path(path)?),
-            false => checked_path(path)?.to_owned(),
+            true => checked_path(format!("library/{path}"))?,
+            false => checked_path(path.to_owned())?,
         };
         let tag = tag.map(checked_tag).transpose()?;
         let pointer = match digest {
@@ -128,6 +154,11 @@ fn ipv6_host(text: &str) -> Result<String, InvalidReference> {
     let invalid = || InvalidReference(format!("its host `{text}` is not of the form [address]:port"));
     let (address, rest) = text.strip_prefix('[').and_then(|text| text.split_once(']')).ok_or_else(invalid)?;
     let address: Ipv6Addr = address.parse().map_err(|_| invalid())?;
+    // containerd does not know the form ::ffff:1.2.3.4, in which Rust writes these.
+    let address = match (address.to_ipv4_mapped(), address.segments()) {
+        (Some(_), [.., high, low]) => format!("::ffff:{high:x}:{low:x}"),
+        _ => address.to_string(),
+    };
     match rest.strip_prefix(':') {
         Some(port) if is_number(port) => Ok(format!("[{address}]:{port}")),
         None if rest.is_empty() => Ok(format!("[{address}]")),
@@ -164,7 +195,7 @@ fn is_component(text: &str) -> bool {
     text.starts_with(is_word) && text.ends_with(is_word) && text.split(is_word).all(is_separator)
 }
 
-fn checked_path(path: &str) -> Result<&str, InvalidReference> {
+fn checked_path(path: String) -> Result<String, InvalidReference> {
     if path.len() > MAX_PATH {
         return Err(InvalidReference(format!("its repository's name is longer than {MAX_PATH} characters")));
     }
@@ -229,11 +260,44 @@ mod tests {
     }
 
     #[test]
+    fn a_registry_has_one_plain_name() {
+        for (text, plain) in [
+            ("quay.io:443/a", Some("quay.io/a")),
+            ("quay.io:0443/a", Some("quay.io/a")),
+            ("[::1]:443/a", Some("[::1]/a")),
+            ("localhost:443/a", Some("localhost/a")),
+            ("registry-1.docker.io/library/a", Some("docker.io/library/a")),
+            ("registry-1.docker.io/a", Some("docker.io/library/a")),
+            ("registry-1.docker.io:443/library/a", Some("docker.io/library/a")),
+            ("registry.hub.docker.com:443/b/a", Some("docker.io/b/a")),
+            ("index.docker.io:443/library/a", Some("docker.io/library/a")),
+            ("docker.io:443/library/a", Some("docker.io/library/a")),
+            ("quay.io:08443/a", Some("quay.io:8443/a")),
+            ("registry:05000/a", Some("registry:5000/a")),
+            ("docker.io/library/a", None),
+            ("quay.io/a", None),
+            ("quay.io:8443/a", None),
+            ("[::443]/a", None),
+            // `registry/a` would be on Docker Hub.
+            ("registry:443/a", None),
+        ] {
+            let reference = Reference::parse(text).unwrap();
+            assert_eq!(
+                reference.repository.plain().map(|plain| plain.to_string()).as_deref(),
+                plain,
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
     fn ipv6_hosts_are_read_and_have_one_spelling() {
         assert_eq!(normalised("[::1]:5000/a:b"), "[::1]:5000/a:b");
         assert_eq!(normalised("[0:0:0:0:0:0:0:1]:5000/a:b"), "[::1]:5000/a:b");
+        assert_eq!(normalised("[::ffff:102:304]:5000/a:b"), "[::ffff:102:304]:5000/a:b");
         assert!(Reference::parse("[::1:5000/a").is_err());
         assert!(Reference::parse("[::zz]:5000/a").is_err());
+        assert!(Reference::parse("[[::1]:5000/a").is_err());
         assert!(Reference::parse("[::1]:50x0/a").is_err());
     }
 
@@ -267,10 +331,10 @@ mod tests {
     }
 
     /// Texts put together from the grammar's own pieces and from what breaks it: oci-spec's port of
-    /// `distribution/reference` reads each in the same way, but for what is refused on purpose.
+    /// `distribution/reference` reads each in the same way.
     #[test]
     fn the_grammar_is_that_of_oci_spec() {
-        let long = "a".repeat(130);
+        let (long, longest, too_long) = ("a".repeat(130), "a".repeat(247), "a".repeat(256));
         let (sha256, sha512) = (format!("@sha256:{HEX}"), format!("@sha512:{HEX}{HEX}"));
         let digests = ["", "@", "@sha256:", "@a", &sha256, &sha512, &sha256[..40]];
         let hosts = [
@@ -319,6 +383,8 @@ mod tests {
             "a%b",
             "library/a",
             &long,
+            &longest,
+            &too_long,
         ];
         let tags =
             ["", ":", ":a", ":A_b.c-1", ":.a", ":-a", ":_a", ":a:b", ":a+b", ":5000", &format!(":{long}")];

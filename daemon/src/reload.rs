@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use notify::{RecursiveMode, Watcher};
+use notify::event::{AccessKind, AccessMode};
+use notify::{EventKind, RecursiveMode, Watcher};
 use sd_notify::NotifyState;
 use tokio::sync::mpsc;
 
@@ -31,6 +32,8 @@ pub struct Reloader {
     path: PathBuf,
     engine: Arc<Engine>,
     metrics: Arc<Metrics>,
+    /// Held while a file is read and put in force: the last one read is the last one in force.
+    reloading: Mutex<()>,
     /// Why the newest file is not in force.
     refused: Mutex<Option<String>>,
 }
@@ -38,7 +41,7 @@ pub struct Reloader {
 impl Reloader {
     /// Reloads `path` into `engine`.
     pub fn new(path: PathBuf, engine: Arc<Engine>, metrics: Arc<Metrics>) -> Self {
-        let reloader = Self { path, engine, metrics, refused: Mutex::default() };
+        let reloader = Self { path, engine, metrics, reloading: Mutex::default(), refused: Mutex::default() };
         reloader.succeeded();
         reloader
     }
@@ -58,6 +61,7 @@ impl Reloader {
     /// # Errors
     /// Why it is refused.
     pub fn reload(&self) -> Result<(), ConfigErrors> {
+        let _alone = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         systemd::notify_reloading();
         let loaded = Config::load(&self.path);
         let ended =
@@ -68,6 +72,7 @@ impl Reloader {
 
     /// [`Reloader::reload`], but a refusal that was told before is not told again.
     fn try_again(&self) {
+        let _alone = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         match Config::load(&self.path) {
             Ok(loaded) => self.apply(loaded),
             Err(errors) => {
@@ -141,6 +146,10 @@ impl Reloader {
             } else if self.refused().is_some() {
                 self.try_again();
             }
+            if now.keys().any(|file| !seen.contains_key(file)) {
+                // A key that was read before it was watched may have been replaced since.
+                self.engine.active().keys.forget();
+            }
             seen = now;
             let pause = if self.refused().is_some() { TRY_AGAIN } else { LOOK_ANYWAY };
             tokio::select! {
@@ -181,8 +190,10 @@ impl Reloader {
 
     fn watcher(&self, changed: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
         // A full channel means that a look is due anyway.
-        let on_event = move |_: notify::Result<notify::Event>| {
-            let _ = changed.try_send(());
+        let on_event = move |event: notify::Result<notify::Event>| {
+            if !event.is_ok_and(|event| is_reading(event.kind)) {
+                let _ = changed.try_send(());
+            }
         };
         match notify::recommended_watcher(on_event) {
             Ok(watcher) => Some(watcher),
@@ -222,6 +233,11 @@ impl Reloader {
         let targets = self.files().into_iter().filter_map(|file| file.canonicalize().ok());
         self.files().into_iter().chain(targets).map(parent).collect()
     }
+}
+
+/// Whether somebody has only looked at a file, as this module does all the time.
+fn is_reading(event: EventKind) -> bool {
+    matches!(event, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
 }
 
 /// The fields whose change a running daemon does not follow.

@@ -81,7 +81,7 @@ reasons! {
         KmsThrottled = "kms-throttled",
         /// KMS can't be reached, or refuses to give the key.
         KmsUnavailable = "kms-unavailable",
-        /// The deadline passed first; the work goes on.
+        /// The deadline passed first; a verification goes on.
         Timeout = "timeout",
         /// containerd does not answer.
         ContainerdUnavailable = "containerd-unavailable",

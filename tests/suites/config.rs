@@ -8,6 +8,7 @@ use pullgate_tests::{Cosign, Image, KeyPair, Pullgate, Pushed, World, policy, wa
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 const POLICY_REFUSED: &str = "5d1b3cf0ab7e4f0c8f2f3cb1c2f5d808";
 
@@ -254,6 +255,31 @@ async fn a_link_s_target_and_a_replaced_folder_are_watched() -> Result<()> {
     guarded.is_open().await?;
     guarded.reload("ok", || Ok(std::fs::write(&target, &strict)?)).await?;
     guarded.is_strict().await
+}
+
+/// Looking at a file is an event, too: who follows those never comes to rest.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_whose_files_do_not_change_does_not_look_at_them_again_and_again() -> Result<()> {
+    let guarded = Guarded::start().await?;
+    guarded.reload("ok", || guarded.pullgate.reconfigure(&guarded.world, &guarded.open())).await?;
+    let tasks = PathBuf::from(format!("/proc/{}/task", guarded.pullgate.pid()));
+    let watcher = std::fs::read_dir(&tasks)?
+        .flatten()
+        .map(|task| task.path())
+        .find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("notify")));
+    let status = watcher.context("no thread watches")?.join("status");
+    let wakes = || -> Result<u64> {
+        let text = std::fs::read_to_string(&status)?;
+        let line = text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        Ok(line.context("no count")?.trim().parse()?)
+    };
+    // What came of the reload is over when a whole second passes without an event.
+    wait::until("a second of rest", wait::LONG, async || {
+        let before = wakes()?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        Ok((wakes()? == before).then_some(()))
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]

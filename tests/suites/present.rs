@@ -427,6 +427,11 @@ async fn what_is_there_is_pulled_again_while_its_tag_is_resolved(version: Versio
     tag.arrived(1).await?;
     digest.arrived(1).await?;
     digest.open();
+    wait::until("containerd's answer to the early pull", wait::LONG, async || {
+        let answers = gated.pullgate.metric("pullgate_containerd_duration_seconds_count", &[]).await?;
+        Ok((answers == 2.0).then_some(()))
+    })
+    .await?;
     assert!(!pull.is_finished(), "the tag decides");
     tag.open();
     assert_eq!(pull.await??, image.config_digest);

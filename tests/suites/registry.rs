@@ -909,3 +909,57 @@ async fn an_old_allow_verdict_stands_while_the_registry_is_away() -> Result<()> 
     refused(&pullgate, &image.by_tag(), "unsigned").await?;
     Ok(())
 }
+
+/// What was fetched once proves the image under another rule, too: a new policy costs no request, and
+/// works with the registry away. What the evidence does not prove is asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_rule_is_answered_from_the_evidence_that_is_kept() -> Result<()> {
+    let site = Site::start().await?;
+    let image = site.unsigned("app").await?;
+    let cosign = site.world.cosign().await?;
+    let key = cosign.generate_key("ci").await?;
+    cosign.sign_annotated(&key.key(), &image.by_digest(), &[("team", "shop")]).await?;
+    let rules = |more: &str| policy::rules(&[policy::rule_for("*/**", &key.uri(), more)]);
+    let pullgate = Pullgate::start(&site.world, &rules("")).await?;
+    pullgate.cri().pull(&image.by_tag()).await?;
+    wait::until("the verdict", wait::LONG, async || Ok((pullgate.verdicts().await? == 1).then_some(())))
+        .await?;
+    let reload = async |text: &str| {
+        pullgate.reconfigure(&site.world, text)?;
+        pullgate.admin(&["reload"]).await?.ok().map(drop)
+    };
+    let cached = || pullgate.audit().last().map(|entry| entry["PULLGATE_CACHE"].clone());
+
+    site.proxy().forget();
+    reload(&rules("annotations: {team: shop}")).await?;
+    pullgate.cri().pull(&image.by_tag()).await?;
+    assert_eq!(cached(), Some(json!("evidence")));
+    assert_eq!(site.proxy().count("*", SIGNATURES), 0);
+
+    site.proxy().inject(Rule::on("*", Fault::Reset));
+    reload(&rules("annotations: {team: [shop, web]}")).await?;
+    let status = pullgate.cri().image_status(&image.by_tag()).await?.context("judged as absent")?;
+    assert_eq!(status.id, image.config_digest);
+    assert_eq!(cached(), Some(json!("evidence")));
+    // Nobody has said that it is not signed so by now.
+    reload(&rules("annotations: {team: web}")).await?;
+    assert!(pullgate.cri().image_status(&image.by_tag()).await?.is_none());
+    let entry = pullgate.audit().pop().context("no entry")?;
+    assert_eq!(
+        (&entry["PULLGATE_CACHE"], &entry["PULLGATE_REASON"]),
+        (&json!("miss"), &json!("registry-unavailable"))
+    );
+    site.proxy().heal();
+    refused(&pullgate, &image.by_tag(), "annotation-mismatch").await?;
+
+    // Old evidence gives an old verdict: it only stands in for the registry.
+    let old = format!("cache: {{positiveTTL: 0s, staleGrace: 1h}}\n{}", rules("annotations: {team: s*}"));
+    reload(&old).await?;
+    pullgate.cri().pull(&image.by_tag()).await?;
+    assert_eq!(cached(), Some(json!("miss")));
+    site.proxy().inject(Rule::on("*", Fault::Reset));
+    reload(&old.replace("s*", "sh*")).await?;
+    pullgate.cri().image_status(&image.by_tag()).await?.context("judged as absent")?;
+    assert_eq!(cached(), Some(json!("stale")));
+    Ok(())
+}

@@ -140,15 +140,16 @@ impl Admin {
             return Err((StatusCode::BAD_REQUEST, "say which verdicts, or all=true".into()));
         }
         let doomed = filter(query)?;
+        let before = self.gate.engine.store().trouble();
         let purged = self.gate.engine.store().purge(|stored| doomed(stored));
         tracing::warn!(message_id = crate::audit::CACHE_PURGED, purged, "an operator purged verdicts");
-        match self.gate.engine.store().trouble() {
+        match before.or_else(|| self.gate.engine.store().trouble()) {
             None => Ok(json!({ "purged": purged })),
             Some(trouble) => Err((
                 StatusCode::SERVICE_UNAVAILABLE,
                 format!(
-                    "{purged} verdicts are purged from memory, but those on disk can't be reached now ({trouble}) \
-                     and count again once they can; purge again when `pullgate status` shows no storeError"
+                    "{purged} verdicts are purged, but the disk has trouble ({trouble}), and those on it may count \
+                     again; purge again when `pullgate status` shows no storeError"
                 ),
             )),
         }

@@ -13,16 +13,20 @@ use super::{AdminArgs, TRANSIENT, USAGE};
 use crate::config::{Config, DEFAULT_ADMIN};
 
 impl AdminArgs {
-    /// The admin socket: given, or named by the configuration.
-    fn socket(&self) -> Result<PathBuf, (u8, String)> {
-        match &self.admin {
-            Some(socket) => Ok(socket.clone()),
-            None => match Config::load(&self.config.config) {
-                Ok(loaded) => Ok(loaded.config.admin),
-                // The daemon may be well, with the file that was there before.
-                Err(_) if Path::new(DEFAULT_ADMIN).exists() => Ok(DEFAULT_ADMIN.into()),
-                Err(errors) => Err((USAGE, format!("{errors}\n  help: or give the socket: --admin SOCKET"))),
-            },
+    /// The admin socket that was given; or the one that the configuration names, and the usual one:
+    /// the daemon may have started with another file, or the file be broken by now.
+    fn sockets(&self) -> Result<Vec<PathBuf>, (u8, String)> {
+        let usual = Path::new(DEFAULT_ADMIN);
+        match (&self.admin, Config::load(&self.config.config)) {
+            (Some(socket), _) => Ok(vec![socket.clone()]),
+            (None, Ok(loaded)) if loaded.config.admin == usual || !usual.exists() => {
+                Ok(vec![loaded.config.admin])
+            }
+            (None, Ok(loaded)) => Ok(vec![loaded.config.admin, usual.into()]),
+            (None, Err(_)) if usual.exists() => Ok(vec![usual.into()]),
+            (None, Err(errors)) => {
+                Err((USAGE, format!("{errors}\n  help: or give the socket: --admin SOCKET")))
+            }
         }
     }
 
@@ -36,16 +40,8 @@ impl AdminArgs {
     /// # Errors
     /// The exit status and a sentence with the remedy.
     pub async fn ask(&self, method: Method, path: &str) -> Result<Value, (u8, String)> {
-        let socket = self.socket()?;
-        let (status, answer) = request(&socket, method, path).await.map_err(|why| {
-            (
-                TRANSIENT,
-                format!(
-                    "{}: {why}\n  help: is the daemon running? systemctl status pullgate",
-                    socket.display()
-                ),
-            )
-        })?;
+        let (stream, socket) = connect(&self.sockets()?).await?;
+        let (status, answer) = request(stream, method, path).await.map_err(|why| away(&socket, &why))?;
         match status.is_success() {
             true => Ok(answer),
             false => Err((
@@ -56,8 +52,26 @@ impl AdminArgs {
     }
 }
 
-async fn request(socket: &Path, method: Method, path: &str) -> Result<(StatusCode, Value), String> {
-    let stream = UnixStream::connect(socket).await.map_err(|e| e.to_string())?;
+/// Connects to the first socket on which somebody listens.
+async fn connect(sockets: &[PathBuf]) -> Result<(UnixStream, PathBuf), (u8, String)> {
+    let mut failed = (TRANSIENT, "no socket is known".to_owned());
+    for socket in sockets {
+        match UnixStream::connect(socket).await {
+            Ok(stream) => return Ok((stream, socket.clone())),
+            Err(error) => failed = away(socket, &error.to_string()),
+        }
+    }
+    Err(failed)
+}
+
+fn away(socket: &Path, why: &str) -> (u8, String) {
+    (
+        TRANSIENT,
+        format!("{}: {why}\n  help: is the daemon running? systemctl status pullgate", socket.display()),
+    )
+}
+
+async fn request(stream: UnixStream, method: Method, path: &str) -> Result<(StatusCode, Value), String> {
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
     tokio::spawn(connection);

@@ -95,7 +95,7 @@ impl ImageGlob {
     pub fn matches(&self, repository: &str, full: &str) -> bool {
         let name = match self.whole {
             // A glob over tags means no digest, whatever its `*` would take.
-            true if full.contains('@') && !self.names_digest => return false,
+            true if full.contains('@') && self.is_of_tags() => return false,
             true => full,
             false => repository,
         };
@@ -122,6 +122,11 @@ impl ImageGlob {
     /// Whether tag or digest belong to the name that is matched.
     pub fn whole(&self) -> bool {
         self.whole
+    }
+
+    /// Whether it is about tags, so that no digest matches.
+    pub fn is_of_tags(&self) -> bool {
+        self.whole && !self.names_digest
     }
 
     /// `prefix/` of `prefix/**`, and the empty text of `**`: everything that begins so matches.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::glob::ImageGlob;
-use super::rule::Rule;
+use super::rule::{Rule, Strategy};
 use crate::reference::Reference;
 
 /// The rules, in file order: the first that matches decides.
@@ -21,8 +21,22 @@ impl Policy {
         Self { rules, globs, index }
     }
 
-    /// The first rule, in file order, whose glob matches.
+    /// The first rule, in file order, whose glob matches the name. What a rule asks of a repository
+    /// it asks under every spelling of it ([`Repository::plain`](crate::reference::Repository::plain)),
+    /// but it allows only the name that it matches: containerd may reach another through other mirrors.
     pub fn find(&self, reference: &Reference) -> Option<&Rule> {
+        let own = self.first(reference);
+        let plain = reference
+            .repository
+            .plain()
+            .map(|repository| self.first(&Reference { repository, pointer: reference.pointer.clone() }));
+        let restricts =
+            |rule: &usize| self.rules.get(*rule).is_some_and(|rule| rule.strategy != Strategy::Allow);
+        self.rules.get(plain.filter(restricts).map_or(own, |plain| plain.min(own)))
+    }
+
+    /// The first rule's place; behind the last one where none matches.
+    fn first(&self, reference: &Reference) -> usize {
         let (repository, full) = (reference.repository.to_string(), reference.to_string());
         let mut first = usize::MAX;
         for candidates in self.index.candidates(&repository, &full) {
@@ -31,7 +45,7 @@ impl Policy {
                 |rule: &usize| self.globs.get(*rule).is_some_and(|g| g.matches(&repository, &full));
             first = { earlier }.find(matching).unwrap_or(first);
         }
-        self.rules.get(first)
+        first
     }
 
     /// Every rule, in file order.
@@ -223,6 +237,27 @@ mod tests {
             }
         }
         assert!(hits > 200, "the generator makes too few matches: {hits}");
+    }
+
+    #[test]
+    fn another_spelling_of_the_registry_is_no_way_around_a_rule() {
+        let text = "\
+verificationRules:
+  - {imageGlob: quay.io/allowed/*, strategy: allow}
+  - {imageGlob: quay.io/**, strategy: deny}
+  - {imageGlob: docker.io/library/*, strategy: deny}
+  - {imageGlob: 'ghcr.io:443/**', strategy: allow}
+  - {imageGlob: ghcr.io/**, strategy: deny}
+  - {imageGlob: 'gcr.io/**', strategy: allow}
+";
+        let config = crate::config::Config::parse(std::path::Path::new("t"), text).unwrap().config;
+        let line = |image: &str| config.policy.find(&Reference::parse(image).unwrap()).map(|rule| rule.line);
+        assert_eq!(line("quay.io:443/a/b"), Some(3));
+        assert_eq!(line("quay.io:8443/a/b"), None);
+        assert_eq!(line("quay.io/allowed/a"), Some(2));
+        assert_eq!(line("registry-1.docker.io/busybox:1"), Some(4));
+        assert_eq!(line("ghcr.io:443/a"), Some(5), "the rule in file order, where both are written");
+        assert_eq!(line("gcr.io:443/a"), None, "an allow is for the name as written");
     }
 
     #[test]

@@ -78,7 +78,8 @@ pub(super) fn read(sections: &[Section<'_>]) -> Vec<(Rule, ImageGlob)> {
         }
         let Some((text, glob)) = glob else { continue };
         let line = section.at.line;
-        if let Err(complaint) = reach.add(&text, &glob, line) {
+        let restricts = strategy.as_ref().is_some_and(|strategy| *strategy != Strategy::Allow);
+        if let Err(complaint) = reach.add(&text, &glob, line, restricts) {
             section.error(section.place("imageGlob"), "imageGlob", complaint);
             continue;
         }
@@ -214,6 +215,13 @@ fn warn(section: &Section<'_>, glob: &ImageGlob, strategy: Option<&Strategy>) {
                 "imageGlob",
                 Complaint::new("every image that gets as far as this rule is allowed")
                     .help("name the registries that are trusted without a signature"),
+            );
+        }
+        Some(Strategy::Deny) if glob.is_of_tags() => {
+            section.warning(
+                "imageGlob",
+                Complaint::new("the same image by its digest is not denied: this matches tags only")
+                    .help("deny the repository, without a tag"),
             );
         }
         Some(Strategy::Dev(_)) if !local => {

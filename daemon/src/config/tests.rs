@@ -534,6 +534,10 @@ fn what_is_odd_is_a_warning() {
             "verificationRules[0].imageGlob: every image",
         ),
         (
+            "verificationRules: [{imageGlob: 'quay.io/a:v1*', strategy: deny}]",
+            "verificationRules[0].imageGlob: the same image by its digest",
+        ),
+        (
             "verificationRules: [{imageGlob: quay.io/a, strategy: dev, keyURI: 'awskms:///a'}]",
             "strategy: `dev` permits",
         ),

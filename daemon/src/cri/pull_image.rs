@@ -15,10 +15,12 @@ use super::messages::{AuthConfig, PullImageRequest, PullImageResponse};
 use super::{refusal, router, wire};
 use crate::audit::{self, Context, Method};
 use crate::delegate::body::{self, Body, Unary};
+use crate::digest::Digest;
 use crate::engine::Ask;
 use crate::engine::judgement::Permit;
 use crate::evidence::registry::{self, Credentials};
 use crate::gate::Gate;
+use crate::reference::Repository;
 
 /// How long a pull waits for the CRI plugin to notice the tag that was recorded for it.
 const TAG_SHOWS_WITHIN: Duration = Duration::from_secs(2);
@@ -49,13 +51,24 @@ async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>
     // `refusal::status` has answered whatever has no permit.
     let permit = judgement.permit().ok_or_else(|| Status::internal("a refusal without a text"))?;
     let pulled = match early {
-        // The tag is recorded already: that is how the early pull knew what to pull.
-        Some((early, pulled)) if early.pinned() == permit.pinned() => pulled,
-        _ => pull(gate, &head, &message, permit).await,
+        Some((early, pulled)) if early.pinned() == permit.pinned() => Ok(pulled),
+        _ => ask_next_hop(gate, &head, &message, permit).await,
     };
-    let Pulled { head, answer } =
-        pulled.inspect_err(|status| audit::next_hop_away(permit, status.message()))?;
-    Ok(Response::from_parts(head, answer.into_body()))
+    let pulled = pulled.inspect_err(|status| audit::next_hop_away(permit, status.message()))?;
+    if let (Some(tag), Some(digest)) = (permit.tag_to_record(), permit.digest())
+        && pulled.is_success()
+    {
+        if let Err(status) = record_tag(gate, &tag, permit.repository(), digest, &pulled).await {
+            // The image is there and was proved; the kubelet will run it by its id.
+            tracing::warn!(
+                image = tag,
+                error = status.message(),
+                "the pulled image's tag could not be recorded"
+            );
+        }
+        gate.pulled_tags.insert(tag, digest.clone());
+    }
+    Ok(Response::from_parts(pulled.head, pulled.answer.into_body()))
 }
 
 fn question(gate: &Gate, head: &Parts, asked: PullImageRequest) -> (Ask, Context) {
@@ -110,22 +123,19 @@ fn timeout(text: &str) -> Option<Duration> {
     })
 }
 
-/// Has the next hop pull what is permitted, and records the tag that the caller used.
-async fn pull(gate: &Gate, head: &Parts, message: &Bytes, permit: &Permit) -> Result<Pulled, Status> {
-    let pulled = ask_next_hop(gate, head, message, permit).await?;
-    if let (Some(tag), Some(pinned)) = (permit.tag_to_record(), permit.pinned())
-        && let Err(status) = record_tag(gate, &tag, &pinned, &pulled.answer).await
-    {
-        // The image is there and was proved; the kubelet will run it by its id.
-        tracing::warn!(image = tag, error = status.message(), "the pulled image's tag could not be recorded");
-    }
-    Ok(pulled)
-}
-
 /// What the next hop answered to a pull.
 pub struct Pulled {
     head: response::Parts,
     answer: Unary,
+    /// The image's id; empty where the answer is an error.
+    image: String,
+}
+
+impl Pulled {
+    /// Whether the image has come.
+    pub fn is_success(&self) -> bool {
+        !self.image.is_empty()
+    }
 }
 
 /// The caller's own request, with nothing but the image reference replaced.
@@ -148,20 +158,23 @@ pub async fn ask_next_hop(
     let (head, incoming) = response.into_parts();
     let answer = Unary::read(incoming).await?;
     gate.metrics.delegate.with_label_values(&["PullImage"]).observe(started.elapsed().as_secs_f64());
-    Ok(Pulled { head, answer })
+    let told = PullImageResponse::decode(answer.message.clone().unwrap_or_default());
+    Ok(Pulled { head, answer, image: told.unwrap_or_default().image_ref })
 }
 
 /// Makes the tag's record, and waits until the CRI plugin shows it for the pulled image.
-async fn record_tag(gate: &Gate, tag: &str, pinned: &str, answer: &Unary) -> Result<(), Status> {
-    let pulled =
-        PullImageResponse::decode(answer.message.clone().unwrap_or_default()).unwrap_or_default().image_ref;
-    if pulled.is_empty() {
+async fn record_tag(
+    gate: &Gate,
+    tag: &str,
+    repository: &Repository,
+    digest: &Digest,
+    pulled: &Pulled,
+) -> Result<(), Status> {
+    if !gate.image_store.tag(tag, repository, digest).await? {
         return Ok(());
     }
-    let shown = || async { Ok::<_, Status>(gate.next_hop.image_id(tag).await? == Some(pulled.clone())) };
-    if !gate.image_store.tag(tag, pinned).await? {
-        return Ok(());
-    }
+    let shown =
+        || async { Ok::<_, Status>(gate.next_hop.image_id(tag).await?.is_some_and(|id| id == pulled.image)) };
     let deadline = tokio::time::Instant::now() + TAG_SHOWS_WITHIN;
     let mut pause = Duration::from_millis(1);
     while !shown().await? {

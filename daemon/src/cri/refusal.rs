@@ -84,7 +84,7 @@ fn deny_remedy(reason: DenyReason, judgement: &Judgement) -> String {
 
 fn failure_remedy(reason: FailureReason) -> &'static str {
     match reason {
-        FailureReason::RegistryThrottled | FailureReason::KmsThrottled => {
+        FailureReason::RegistryThrottled | FailureReason::KmsThrottled | FailureReason::Timeout => {
             "none needed, the pull is tried again"
         }
         FailureReason::RegistryUnavailable => {
@@ -97,7 +97,6 @@ fn failure_remedy(reason: FailureReason) -> &'static str {
         FailureReason::KmsUnavailable => {
             "check KMS, its key policy and the node's role; the pull is tried again"
         }
-        FailureReason::Timeout => "none needed, the pull is tried again and finds the work further on",
         FailureReason::ContainerdUnavailable => "check containerd; the pull is tried again",
     }
 }

@@ -20,6 +20,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use crate::digest::Digest;
+use crate::reference::Repository;
 
 /// By this label the CRI plugin knows the images that it manages.
 const MANAGED: (&str, &str) = ("io.cri-containerd.image", "managed");
@@ -54,18 +55,18 @@ impl ImageStore {
             .map_err(|_| Status::internal("containerd holds an image without a valid digest"))
     }
 
-    /// Records `tag` with the target that `pinned` (`repository@digest`) has. Says whether that
-    /// changed anything.
+    /// Records `tag` with the target that `repository@digest` has. Says whether that changed
+    /// anything.
     ///
     /// # Errors
-    /// containerd's; `NOT_FOUND` when there is no record of `pinned`.
-    pub async fn tag(&self, tag: &str, pinned: &str) -> Result<bool, Status> {
-        let missing = || Status::not_found(format!("containerd has no record of {pinned}"));
-        let (target, present) = tokio::try_join!(self.target(pinned), self.target(tag))?;
-        let target = target.ok_or_else(missing)?;
-        if present.is_some_and(|present| present.digest == target.digest) {
+    /// containerd's; `NOT_FOUND` when there is no record of `repository@digest`.
+    pub async fn tag(&self, tag: &str, repository: &Repository, digest: &Digest) -> Result<bool, Status> {
+        if self.target(tag).await?.is_some_and(|present| present.digest == digest.as_str()) {
             return Ok(false);
         }
+        let pinned = repository.at(digest);
+        let missing = || Status::not_found(format!("containerd has no record of {pinned}"));
+        let target = self.target(&pinned).await?.ok_or_else(missing)?;
         let labels = HashMap::from([(MANAGED.0.to_owned(), MANAGED.1.to_owned())]);
         let image = Image { name: tag.to_owned(), labels, target: Some(target), ..Default::default() };
         let mut client = self.images().await?;

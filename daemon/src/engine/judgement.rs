@@ -50,7 +50,7 @@ pub struct AppliedRule {
 pub enum CacheState {
     /// No verdict was needed.
     None,
-    /// From this tier of the store.
+    /// From this tier of the store; `evidence` where it was worked out anew from what is stored.
     Hit(&'static str),
     /// Worked out now.
     Miss,
@@ -189,7 +189,7 @@ impl AppliedRule {
 }
 
 impl CacheState {
-    /// For metrics and journal: `none`, `memory`, `disk`, `miss` or `stale`.
+    /// For metrics and journal: `none`, `memory`, `disk`, `evidence`, `miss` or `stale`.
     pub fn label(self) -> &'static str {
         match self {
             Self::None => "none",

@@ -6,7 +6,6 @@ pub mod judgement;
 mod verification;
 
 use std::collections::HashMap;
-use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,7 +23,7 @@ use crate::verdict::{AllowReason, DenyReason, Failure, FailureReason, Stop};
 use crate::verify::key::kms::Kms;
 use crate::verify::key::pins::Pins;
 use crate::verify::key::{KeyRing, TrustedKey};
-use flight::{Flights, Ticket};
+use flight::Flights;
 use judgement::{AppliedRule, CacheState, Judgement, Outcome, Permit};
 use verification::Verification;
 
@@ -100,12 +99,15 @@ fn registry_settings(config: &Config) -> Settings {
     }
 }
 
+/// A verdict, and where it came from: the disk, stored evidence, or the network.
+type Verified = Result<(Arc<Stored>, CacheState), Failure>;
+
 /// The engine; shared by all doors.
 pub struct Engine {
     active: ArcSwap<Active>,
     store: Arc<VerdictStore>,
-    verifications: Flights<(VerdictKey, Credentials), Result<Arc<Stored>, Failure>>,
-    resolutions: Flights<(Repository, String, Access), Result<Digest, Stop>>,
+    verifications: Flights<(VerdictKey, Credentials), Verified>,
+    resolutions: Flights<(usize, Repository, String, Access), Result<Digest, Stop>>,
     at_once: Arc<Semaphore>,
     at_registries: Mutex<HashMap<String, Arc<Semaphore>>>,
     metrics: Arc<Metrics>,
@@ -223,27 +225,30 @@ impl Engine {
         judgement: &mut Judgement,
     ) -> Result<Arc<Stored>, Stop> {
         let lifetimes = Lifetimes::from(&config.cache);
-        let stale = match self.store.find(&key, &lifetimes) {
-            Found::Fresh(stored, tier) => {
-                judgement.cache = CacheState::Hit(tier);
-                return Ok(stored);
-            }
-            Found::Stale(stored) => Some(stored),
-            Found::Nothing => None,
-        };
+        if let Found::Fresh(stored, tier) = self.store.find_in_memory(&key, &lifetimes) {
+            judgement.cache = CacheState::Hit(tier);
+            return Ok(stored);
+        }
         judgement.cache = CacheState::Miss;
-        match self.verify_once(key, verification(), patience).await {
-            Ok(stored) => Ok(stored),
-            Err(failure) => {
-                // Another caller's credentials may have settled it in the meantime.
-                if let Found::Fresh(stored, tier) = self.store.find(&key, &lifetimes) {
-                    judgement.cache = CacheState::Hit(tier);
-                    return Ok(stored);
-                }
-                let Some(stored) = stale.filter(|_| failure.is_away) else { return Err(failure.into()) };
-                judgement.cache = CacheState::Stale(failure.reason);
-                self.metrics.stale_allows.inc();
+        match self.verify_once(key, verification(), lifetimes, patience).await {
+            Ok((stored, cache)) => {
+                judgement.cache = cache;
                 Ok(stored)
+            }
+            Err(failure) => {
+                match self.store.find_in_memory(&key, &lifetimes) {
+                    // Another caller's credentials have settled it in the meantime.
+                    Found::Fresh(stored, tier) => {
+                        judgement.cache = CacheState::Hit(tier);
+                        Ok(stored)
+                    }
+                    Found::Stale(stored) if failure.is_away => {
+                        judgement.cache = CacheState::Stale(failure.reason);
+                        self.metrics.stale_allows.inc();
+                        Ok(stored)
+                    }
+                    Found::Stale(_) | Found::Nothing => Err(failure.into()),
+                }
             }
         }
     }
@@ -252,13 +257,30 @@ impl Engine {
         &self,
         key: VerdictKey,
         verification: Verification,
+        lifetimes: Lifetimes,
         patience: tokio::time::Instant,
-    ) -> Result<Arc<Stored>, Failure> {
+    ) -> Verified {
         let whose = verification.access().credentials.clone();
-        let (ticket, joined) = self.verifications.join((key, whose), || {
+        let (mut ticket, joined) = self.verifications.join((key, whose), || {
             let (store, at_once, metrics) = (self.store.clone(), self.at_once.clone(), self.metrics.clone());
             let at_registry = self.at_registry(verification.registry());
             async move {
+                if let Found::Fresh(stored, tier) = store.find_on_disk(&key, &lifetimes) {
+                    return Ok((stored, CacheState::Hit(tier)));
+                }
+                let persist = |stored: &Arc<Stored>| {
+                    let (store, stored) = (Arc::clone(&store), Arc::clone(stored));
+                    tokio::task::spawn_blocking(move || store.persist(&key, &stored));
+                };
+                if let Some(stored) = verification.rework(&store.kin(&key, &lifetimes)).await {
+                    let stored = store.remember(key, stored);
+                    if VerdictStore::is_fresh(&stored, &lifetimes) {
+                        metrics.cache_request("evidence", "hit");
+                        persist(&stored);
+                        return Ok((stored, CacheState::Hit("evidence")));
+                    }
+                }
+                metrics.cache_request("evidence", "miss");
                 let work = async {
                     // The semaphores are never closed; without a permit nothing is verified.
                     let _place = at_registry.acquire_owned().await.map_err(|_| timeout())?;
@@ -268,15 +290,20 @@ impl Engine {
                 };
                 let verdict = tokio::time::timeout(LONGEST_WORK, work).await;
                 let stored = store.remember(key, verdict.unwrap_or_else(|_| Err(timeout()))?);
-                let to_disk = Arc::clone(&stored);
-                tokio::task::spawn_blocking(move || store.persist(&key, &to_disk));
-                Ok(stored)
+                persist(&stored);
+                Ok((stored, CacheState::Miss))
             }
         });
         if joined {
             self.metrics.joins.inc();
         }
-        in_time(patience, ticket).await
+        match tokio::time::timeout_at(patience, ticket.wait()).await {
+            Ok(answer) => answer.unwrap_or_else(|| Err(timeout())),
+            Err(_) => {
+                ticket.leave_running();
+                Err(timeout())
+            }
+        }
     }
 
     /// What a tag points to now. Who asks while the same question is under way shares its answer.
@@ -288,21 +315,20 @@ impl Engine {
         access: &Access,
         patience: tokio::time::Instant,
     ) -> Result<Digest, Stop> {
-        let question = (repository.clone(), tag.to_owned(), access.clone());
-        let (ticket, _) = self.resolutions.join(question.clone(), || {
-            let registry = Arc::clone(&active.registry);
-            async move {
-                let (repository, tag, access) = &question;
-                let work = registry.resolve(repository, tag, access);
-                let answer = tokio::time::timeout(LONGEST_WORK, work).await;
-                answer.unwrap_or_else(|_| Err(timeout().into())).map_err(|error| match error {
-                    FetchError::NotFound(what) => FailureReason::ImageNotFound.because(what).into(),
-                    FetchError::Denied(denial) => denial.into(),
-                    FetchError::Failed(failure) => failure.into(),
-                })
-            }
+        let registry = Arc::clone(&active.registry);
+        // A registry client that a reload has put in another's place is asked anew.
+        let client = Arc::as_ptr(&registry).addr();
+        let question = (client, repository.clone(), tag.to_owned(), access.clone());
+        let (mut ticket, _) = self.resolutions.join(question.clone(), || async move {
+            let (_, repository, tag, access) = &question;
+            registry.resolve(repository, tag, access).await.map_err(|error| match error {
+                FetchError::NotFound(what) => FailureReason::ImageNotFound.because(what).into(),
+                FetchError::Denied(denial) => denial.into(),
+                FetchError::Failed(failure) => failure.into(),
+            })
         });
-        in_time(patience, ticket).await
+        let answer = tokio::time::timeout_at(patience, ticket.wait()).await;
+        answer.ok().flatten().unwrap_or_else(|| Err(timeout().into()))
     }
 
     /// Leave to pull `digest` as `image`, if a verdict in memory gives it: no question is asked
@@ -371,24 +397,8 @@ fn question(reference: &Reference, digest: &Digest, required: &SignedBy, key: &T
     VerdictKey::new(&reference.repository, digest, &fingerprint::of(required, key))
 }
 
-/// The answer of shared work, if it comes in time; if not, the work is left running.
-async fn in_time<K, T, E>(patience: tokio::time::Instant, mut ticket: Ticket<K, Result<T, E>>) -> Result<T, E>
-where
-    K: Hash + Eq,
-    Result<T, E>: Clone,
-    E: From<Failure>,
-{
-    match tokio::time::timeout_at(patience, ticket.wait()).await {
-        Ok(answer) => answer.unwrap_or_else(|| Err(timeout().into())),
-        Err(_) => {
-            ticket.leave_running();
-            Err(timeout().into())
-        }
-    }
-}
-
 fn timeout() -> Failure {
-    FailureReason::Timeout.because("no verdict within the deadline; what was begun goes on in the background")
+    FailureReason::Timeout.because("no verdict within the deadline")
 }
 
 impl From<&crate::config::Cache> for Lifetimes {

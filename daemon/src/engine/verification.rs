@@ -17,6 +17,9 @@ use crate::verify::Proof;
 use crate::verify::key::TrustedKey;
 use crate::verify::signature::{self, Candidate, Passed, Rejection};
 
+/// Bytes of evidence that are kept with a verdict: some dozen signatures over usual payloads.
+const MOST_EVIDENCE: usize = 16 << 10;
+
 /// All that a verification needs, owned: it may outlive its caller and the policy that began it.
 pub struct Verification {
     registry: Arc<Registry>,
@@ -61,17 +64,32 @@ impl Verification {
         &self.access
     }
 
-    /// Reaches a verdict, or fails.
-    pub(super) async fn run(self) -> Result<Stored, Failure> {
-        let verdict = match self.prove().await {
-            Ok(proof) => Verdict::Allow(proof),
-            Err(Stop::Denied(denial)) => Verdict::Deny(denial),
-            Err(Stop::Failed(failure)) => return Err(failure),
+    /// Works an allow verdict out from what was fetched for earlier ones about the same image,
+    /// without the network. It is as old as its evidence. A denial is left to [`Self::run`]:
+    /// somebody may have signed the image since.
+    pub(super) async fn rework(&self, kin: &[Stored]) -> Option<Stored> {
+        let about = |old: &&Stored| {
+            old.repository == self.repository.to_string() && old.digest == self.digest.as_str()
         };
-        Ok(Stored::now(&self.repository, &self.digest, verdict))
+        for old in kin.iter().filter(about) {
+            if let Ok(proof) = self.first_good(&old.evidence).await {
+                return Some(Stored { verdict: Verdict::Allow(proof), ..old.clone() });
+            }
+        }
+        None
     }
 
-    async fn prove(&self) -> Result<Proof, Stop> {
+    /// Reaches a verdict, or fails.
+    pub(super) async fn run(&self) -> Result<Stored, Failure> {
+        let (verdict, evidence) = match self.prove().await {
+            Ok((proof, evidence)) => (Verdict::Allow(proof), evidence),
+            Err(Stop::Denied(denial)) => (Verdict::Deny(denial), Vec::new()),
+            Err(Stop::Failed(failure)) => return Err(failure),
+        };
+        Ok(Stored::now(&self.repository, &self.digest, verdict, evidence))
+    }
+
+    async fn prove(&self) -> Result<(Proof, Vec<Candidate>), Stop> {
         let signatures =
             Signatures::list(&self.registry, &self.repository, &self.digest, &self.limits, &self.access);
         // Both at once: the second does not depend on the first, and a round trip is saved. Only
@@ -105,13 +123,21 @@ impl Verification {
 
     /// Any one good signature is enough. Where none is, a failure outweighs the denials: what
     /// could not be read may have been the good one.
-    async fn any_good(&self, signatures: &Signatures) -> Result<Proof, Stop> {
+    async fn any_good(&self, signatures: &Signatures) -> Result<(Proof, Vec<Candidate>), Stop> {
         let mut payloads =
             pin!(signatures.payloads(&self.registry, &self.repository, &self.limits, &self.access));
         let mut rejected: Option<Rejection> = None;
+        let mut evidence = Vec::new();
         while let Some(candidates) = payloads.next().await {
-            match self.first_good(candidates).await {
-                Ok(proof) => return Ok(proof),
+            let tried = match candidates {
+                Ok(candidates) => {
+                    keep(&mut evidence, &candidates);
+                    self.first_good(&candidates).await
+                }
+                Err(stop) => Err(Passed::Nothing.then(stop)),
+            };
+            match tried {
+                Ok(proof) => return Ok((proof, evidence)),
                 Err(rejection) => rejected = Some(more_telling(rejected, rejection)),
             }
         }
@@ -120,11 +146,10 @@ impl Verification {
             .map_or_else(|| DenyReason::Unsigned.because("no signature was found").into(), |r| r.stop))
     }
 
-    async fn first_good(&self, candidates: Result<Vec<Candidate>, Stop>) -> Result<Proof, Rejection> {
-        let candidates = candidates.map_err(|stop| Passed::Nothing.then(stop))?;
+    async fn first_good(&self, candidates: &[Candidate]) -> Result<Proof, Rejection> {
         let mut rejected: Option<Rejection> = None;
         for candidate in candidates {
-            match signature::verify(&candidate, &self.key, &self.digest, &self.required.annotations).await {
+            match signature::verify(candidate, &self.key, &self.digest, &self.required.annotations).await {
                 Ok(proof) => return Ok(proof),
                 Err(rejection) => rejected = Some(more_telling(rejected, rejection)),
             }
@@ -132,6 +157,20 @@ impl Verification {
         Err(rejected
             .unwrap_or_else(|| Passed::Nothing.then(DenyReason::Unsigned.because("no signature was found"))))
     }
+}
+
+/// Keeps what was fetched, in the order in which it was tried, as far as there is room.
+fn keep(evidence: &mut Vec<Candidate>, candidates: &[Candidate]) {
+    let size = |candidate: &Candidate| candidate.payload.len() + candidate.signature.len();
+    let mut room = MOST_EVIDENCE.saturating_sub(evidence.iter().map(size).sum());
+    let fitting = candidates.iter().take_while(|candidate| match room.checked_sub(size(candidate)) {
+        Some(left) => {
+            room = left;
+            true
+        }
+        None => false,
+    });
+    evidence.extend(fitting.cloned());
 }
 
 fn more_telling(so_far: Option<Rejection>, next: Rejection) -> Rejection {

@@ -69,6 +69,14 @@ impl Activated {
 }
 
 impl Listener {
+    /// The same socket, with its events on the runtime that asks.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn here(self) -> std::io::Result<Self> {
+        Ok(Self { socket: UnixListener::from_std(self.socket.into_std()?)?, ..self })
+    }
+
     /// Takes the socket's file away, if it was bound here.
     pub fn remove(&self) {
         if self.bound_here

@@ -38,6 +38,14 @@ where
     A: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
+    // It was bound on another runtime; its events are to come to this one.
+    let listener = match listener.here() {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "the gate's socket can't be served");
+            return false;
+        }
+    };
     let graceful = GracefulShutdown::new();
     loop {
         let stream = tokio::select! {

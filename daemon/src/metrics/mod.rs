@@ -21,7 +21,7 @@ pub struct Metrics {
     pub decisions: IntCounterVec,
     /// `pullgate_verification_duration_seconds{strategy,cache}`
     pub verification: HistogramVec,
-    /// `pullgate_cache_requests_total{tier,outcome}`: tiers `memory`, `disk`, `key`.
+    /// `pullgate_cache_requests_total{tier,outcome}`: tiers `memory`, `disk`, `evidence`, `key`.
     pub cache: IntCounterVec,
     /// `pullgate_cache_entries{tier}`
     pub cache_entries: IntGaugeVec,
@@ -172,7 +172,7 @@ impl Metrics {
         self.ecr_requests.with_label_values(&["GetAuthorizationToken", outcome]).inc();
     }
 
-    /// One look-up: `tier` is `memory`, `disk` or `key`; `outcome` `hit`, `miss` or `stale`.
+    /// One look-up: `tier` is `memory`, `disk`, `evidence` or `key`; `outcome` `hit`, `miss` or `stale`.
     pub fn cache_request(&self, tier: &'static str, outcome: &'static str) {
         self.cache.with_label_values(&[tier, outcome]).inc();
     }

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use super::entry::{Stored, VerdictKey};
 
 /// Changes when an older or newer pullgate could misread the entries.
-const FORMAT: &[u8] = b"1";
+const FORMAT: &[u8] = b"2";
 const FORMAT_KEY: &[u8] = b"format";
 /// How many verdicts there were at the last clean stop.
 const ENTRIES_KEY: &[u8] = b"entries";
@@ -142,15 +142,27 @@ impl Disk {
         self.for_each_in(.., visit);
     }
 
-    fn for_each_in(
+    /// Visits every readable entry whose key begins so, until `visit` says stop. Never waits for a
+    /// [`Self::reopen`].
+    pub fn for_each_beginning(&self, start: &[u8], visit: impl FnMut(VerdictKey, Stored) -> bool) {
+        if let Ok(open) = self.open.try_read() {
+            self.for_each_of(&open, |verdicts| verdicts.scan_prefix(start), visit);
+        }
+    }
+
+    fn for_each_in(&self, keys: impl RangeBounds<[u8; 1]>, visit: impl FnMut(VerdictKey, Stored) -> bool) {
+        self.for_each_of(&self.opened(), |verdicts| verdicts.range(keys), visit);
+    }
+
+    fn for_each_of(
         &self,
-        keys: impl RangeBounds<[u8; 1]>,
+        open: &Option<Open>,
+        which: impl FnOnce(&sled::Tree) -> sled::Iter,
         mut visit: impl FnMut(VerdictKey, Stored) -> bool,
     ) {
-        let open = self.opened();
-        let Some(open) = &*open else { return };
+        let Some(open) = open else { return };
         let _ = self.told(guarded(|| {
-            for item in open.verdicts.range(keys) {
+            for item in which(&open.verdicts) {
                 let (key, value) = item?;
                 if let (Ok(key), Some(stored)) = (<[u8; 32]>::try_from(key.as_ref()), decode(&value))
                     && !visit(VerdictKey::from_bytes(key), stored)

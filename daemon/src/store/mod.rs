@@ -97,24 +97,25 @@ impl VerdictStore {
         }
     }
 
-    /// Looks `key` up.
-    pub fn find(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Found {
-        let (stored, tier) = match self.tiers.memory.get(key) {
-            Some(stored) => (Some(stored), "memory"),
-            None => (self.load(key), "disk"),
-        };
+    /// Looks `key` up in memory.
+    pub fn find_in_memory(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Found {
+        self.counted(self.tiers.memory.get(key), "memory", lifetimes)
+    }
+
+    /// Looks `key` up on disk, after memory; what is there is in memory from then on. Blocks for as
+    /// long as the disk does.
+    pub fn find_on_disk(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Found {
+        self.counted(self.load(key), "disk", lifetimes)
+    }
+
+    fn counted(&self, stored: Option<Arc<Stored>>, tier: &'static str, lifetimes: &Lifetimes) -> Found {
         let found = stored.map_or(Found::Nothing, |stored| classify(stored, tier, lifetimes));
-        if tier == "disk" {
-            self.metrics.cache_request("memory", "miss");
-        }
-        self.metrics.cache_request(
-            tier,
-            match found {
-                Found::Fresh(..) => "hit",
-                Found::Stale(_) => "stale",
-                Found::Nothing => "miss",
-            },
-        );
+        let outcome = match found {
+            Found::Fresh(..) => "hit",
+            Found::Stale(_) => "stale",
+            Found::Nothing => "miss",
+        };
+        self.metrics.cache_request(tier, outcome);
         found
     }
 
@@ -124,6 +125,25 @@ impl VerdictStore {
             Found::Fresh(stored, _) if stored.is_allow() => Some(stored),
             _ => None,
         }
+    }
+
+    /// The allow verdicts about the same digest of the same repository under other rules or keys,
+    /// the newest first, as long as they count for anything.
+    pub fn kin(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Vec<Stored> {
+        let mut kin = Vec::new();
+        self.tiers.disk.for_each_beginning(key.subject(), |other, stored| {
+            if other != *key && stored.is_allow() && !Self::is_over(&stored, lifetimes) {
+                kin.push(stored);
+            }
+            true
+        });
+        kin.sort_unstable_by_key(|stored| std::cmp::Reverse(stored.judged_at_unix));
+        kin
+    }
+
+    /// Whether a verdict stands on its own, and not only where a failure needs it to.
+    pub fn is_fresh(stored: &Arc<Stored>, lifetimes: &Lifetimes) -> bool {
+        matches!(classify(Arc::clone(stored), "disk", lifetimes), Found::Fresh(..))
     }
 
     fn load(&self, key: &VerdictKey) -> Option<Arc<Stored>> {
@@ -299,6 +319,13 @@ mod tests {
         store.persist(&key, &store.remember(key, stored));
     }
 
+    fn find(store: &VerdictStore, key: &VerdictKey, lifetimes: &Lifetimes) -> Found {
+        match store.find_in_memory(key, lifetimes) {
+            Found::Nothing => store.find_on_disk(key, lifetimes),
+            found => found,
+        }
+    }
+
     fn allow() -> Stored {
         Stored::example_allow("host/a", "sha256:00")
     }
@@ -321,7 +348,7 @@ mod tests {
         ];
         for (n, (stored, age, expected)) in cases.into_iter().enumerate() {
             keep(&store, key(n as u8), aged(stored, age));
-            let found = match store.find(&key(n as u8), &LIFETIMES) {
+            let found = match find(&store, &key(n as u8), &LIFETIMES) {
                 Found::Fresh(..) => "fresh",
                 Found::Stale(_) => "stale",
                 Found::Nothing => "nothing",
@@ -338,8 +365,8 @@ mod tests {
         store.flush();
         drop(store);
         let store = open(directory.path());
-        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Fresh(_, "disk")));
-        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Fresh(_, "memory")));
+        assert!(matches!(find(&store, &key(1), &LIFETIMES), Found::Fresh(_, "disk")));
+        assert!(matches!(find(&store, &key(1), &LIFETIMES), Found::Fresh(_, "memory")));
     }
 
     #[test]
@@ -358,7 +385,7 @@ mod tests {
         }
         let store = open(directory.path());
         assert!(store.trouble().is_none());
-        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Nothing));
+        assert!(matches!(find(&store, &key(1), &LIFETIMES), Found::Nothing));
         keep(&store, key(1), allow());
         assert!(directory.path().join("verdicts.set-aside").exists());
     }
@@ -371,7 +398,7 @@ mod tests {
         drop(store);
         Disk::write_format(directory.path(), b"0");
         let store = open(directory.path());
-        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Nothing));
+        assert!(matches!(find(&store, &key(1), &LIFETIMES), Found::Nothing));
     }
 
     #[test]
@@ -418,14 +445,38 @@ mod tests {
     }
 
     #[test]
+    fn kin_are_the_allow_verdicts_about_the_same_digest_of_the_same_repository() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        let digest = |text: &str| crate::digest::Digest::sha256(text.as_bytes());
+        let about = |name: &str, digest: &crate::digest::Digest, rule: u8| {
+            let reference = crate::reference::Reference::parse(name).unwrap();
+            VerdictKey::new(&reference.repository, digest, &[rule; 32])
+        };
+        let (one, other) = (digest("one"), digest("other"));
+        let asked = about("host.lan/a", &one, 1);
+        keep(&store, asked, allow());
+        keep(&store, about("host.lan/a", &one, 2), aged(allow(), 120));
+        keep(&store, about("host.lan/a", &one, 3), aged(allow(), 20));
+        keep(&store, about("host.lan/a", &one, 4), deny());
+        keep(&store, about("host.lan/a", &one, 5), aged(allow(), 151));
+        keep(&store, about("host.lan/a", &other, 2), allow());
+        keep(&store, about("host.lan/b", &one, 2), allow());
+        let now = SystemTime::now();
+        let age = |stored: Stored| now.duration_since(stored.judged_at()).unwrap_or_default().as_secs() / 10;
+        let ages: Vec<u64> = store.kin(&asked, &LIFETIMES).into_iter().map(age).collect();
+        assert_eq!(ages, [2, 12]);
+    }
+
+    #[test]
     fn purge_forgets_in_both_tiers() {
         let directory = tempfile::tempdir().unwrap();
         let store = open(directory.path());
         keep(&store, key(1), allow());
         keep(&store, key(2), Stored::example_allow("host/b", "sha256:00"));
         assert_eq!(store.purge(|stored| stored.repository == "host/a"), 1);
-        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Nothing));
-        assert!(matches!(store.find(&key(2), &LIFETIMES), Found::Fresh(..)));
+        assert!(matches!(find(&store, &key(1), &LIFETIMES), Found::Nothing));
+        assert!(matches!(find(&store, &key(2), &LIFETIMES), Found::Fresh(..)));
     }
 
     #[test]
@@ -436,10 +487,10 @@ mod tests {
         let store = open(&blocked);
         assert!(store.trouble().is_some());
         keep(&store, key(1), allow());
-        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Fresh(_, "memory")));
+        assert!(matches!(find(&store, &key(1), &LIFETIMES), Found::Fresh(_, "memory")));
         // What is in memory only is listed, and purged, like everything else.
         assert_eq!(store.purge(|_| true), 1);
-        assert!(matches!(store.find(&key(1), &LIFETIMES), Found::Nothing));
+        assert!(matches!(find(&store, &key(1), &LIFETIMES), Found::Nothing));
     }
 
     /// An upgrade: the old process still drains when the new one starts.
@@ -460,7 +511,7 @@ mod tests {
         }
         assert!(new.trouble().is_none());
         for n in [1, 2] {
-            assert!(matches!(new.find(&key(n), &LIFETIMES), Found::Fresh(..)), "{n}");
+            assert!(matches!(find(&new, &key(n), &LIFETIMES), Found::Fresh(..)), "{n}");
         }
         new.tiers.disk.recount();
         assert_eq!(new.size().1, 2);

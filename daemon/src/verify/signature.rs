@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use sigstore::cosign::payload::SimpleSigning;
 use sigstore::cosign::verification_constraint::{PublicKeyVerifier, VerificationConstraintVec};
 use sigstore::cosign::{SignatureLayer, verify_constraints};
@@ -17,12 +19,28 @@ use crate::digest::Digest;
 use crate::verdict::{Denial, DenyReason, Stop};
 
 /// A signature as it lies beside an image: the signed bytes and the signature over them.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Candidate {
     /// The payload blob, whose hash was compared with its descriptor.
-    pub payload: bytes::Bytes,
+    #[serde(with = "as_base64")]
+    pub payload: Bytes,
     /// The value of the layer's annotation `dev.cosignproject.cosign/signature`.
     pub signature: String,
+}
+
+mod as_base64 {
+    use super::{BASE64, Bytes};
+    use base64::Engine as _;
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub fn serialize<S: Serializer>(bytes: &Bytes, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&BASE64.encode(bytes))
+    }
+
+    pub fn deserialize<'a, D: Deserializer<'a>>(deserializer: D) -> Result<Bytes, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        BASE64.decode(text).map(Bytes::from).map_err(D::Error::custom)
+    }
 }
 
 /// A signature that does not prove what is required.

@@ -7,6 +7,7 @@ use crate::table::Row;
 use anyhow::{Context, Result, ensure};
 use pullgate::store::{Stored, Verdict, VerdictKey, VerdictStore};
 use pullgate::verify::Proof;
+use pullgate::verify::signature::Candidate;
 use pullgate_tests::cri::v1;
 use pullgate_tests::{Pullgate, Version, World, oci};
 use std::path::Path;
@@ -89,8 +90,11 @@ fn verdict(number: usize) -> (VerdictKey, Stored) {
         docker_reference: repository.clone(),
         ..Proof::default()
     };
-    let verdict = Verdict::Allow(proof);
-    (VerdictKey::from_bytes(key), Stored { repository, digest, verdict, judged_at_unix: now.as_secs() })
+    // As long as those that cosign writes.
+    let payload = bytes::Bytes::from(vec![b'p'; 300]);
+    let evidence = vec![Candidate { payload, signature: "s".repeat(96) }];
+    let (verdict, judged_at_unix) = (Verdict::Allow(proof), now.as_secs());
+    (VerdictKey::from_bytes(key), Stored { repository, digest, verdict, judged_at_unix, evidence })
 }
 
 /// From the fork to the answer of a call through the socket.

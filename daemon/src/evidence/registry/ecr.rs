@@ -20,6 +20,9 @@ use crate::verdict::{Failure, FailureReason};
 
 /// Renewed this long before it expires.
 const MARGIN: Duration = Duration::from_secs(5 * 60);
+/// A token that was refused although it has not expired is renewed, but no younger one: it is then
+/// the role that may not read, and no other token would help.
+const TOO_YOUNG: Duration = Duration::from_secs(60);
 /// Registries remembered.
 const REMEMBERED: usize = 256;
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
@@ -97,6 +100,7 @@ struct Slot {
 
 struct Token {
     secret: Secret,
+    given: Instant,
     until: Instant,
 }
 
@@ -127,6 +131,20 @@ impl Ecr {
         let secret = fresh.secret.clone();
         *token = Some(fresh);
         Ok(Login { secret, source: Source::Ecr })
+    }
+
+    /// Forgets a token that a registry refused; says whether a new one is worth asking for.
+    pub(super) async fn forget(&self, registry: &EcrRegistry, refused: &Secret) -> bool {
+        let slot = self.slot(registry);
+        let mut token = slot.token.lock().await;
+        match &*token {
+            Some(held) if held.secret != *refused => true,
+            Some(held) if held.given.elapsed() < TOO_YOUNG => false,
+            _ => {
+                *token = None;
+                true
+            }
+        }
     }
 
     fn slot(&self, registry: &EcrRegistry) -> Arc<Slot> {
@@ -174,7 +192,8 @@ fn read(answer: &GetAuthorizationTokenOutput) -> Option<Token> {
     let secret = decode_basic(data.authorization_token()?)?;
     let expires = data.expires_at().and_then(|at| SystemTime::try_from(*at).ok());
     let left = expires.and_then(|at| at.duration_since(SystemTime::now()).ok()).unwrap_or_default();
-    Some(Token { secret, until: Instant::now() + left.saturating_sub(MARGIN) })
+    let given = Instant::now();
+    Some(Token { secret, given, until: given + left.saturating_sub(MARGIN) })
 }
 
 /// What AWS says, without its own text: that holds request ids.
@@ -324,6 +343,22 @@ pub(super) mod tests {
         let ecr = ecr_at(&server.url()).await;
         ecr.login(&registry()).await.unwrap();
         ecr.login(&registry()).await.unwrap();
+        assert_eq!(server.seen().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_refused_token_is_renewed_unless_it_is_new() {
+        let asked = std::sync::atomic::AtomicUsize::new(0);
+        let next = move || asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let server = Server::new(move |_| token(&format!("secret-{}", next()), 12 * 3600)).await;
+        let ecr = ecr_at(&server.url()).await;
+        let first = ecr.login(&registry()).await.unwrap().secret;
+        assert!(!ecr.forget(&registry(), &first).await);
+        ecr.slot(&registry()).token.lock().await.as_mut().unwrap().given -= TOO_YOUNG;
+        assert!(ecr.forget(&registry(), &first).await);
+        let second = ecr.login(&registry()).await.unwrap().secret;
+        assert!(ecr.forget(&registry(), &first).await, "somebody else has renewed it");
+        assert!(ecr.login(&registry()).await.unwrap().secret == second);
         assert_eq!(server.seen().len(), 2);
     }
 

@@ -280,8 +280,37 @@ impl Registry {
 
     /// One host's answer: a success, a 404, or, to HEAD, a 405.
     async fn ask(&self, endpoint: &Endpoint, want: &Want<'_>, tries: usize) -> Result<Answer, Failure> {
-        let login = self.login(endpoint, want).await?;
-        let who = Who { endpoint, repository: want.repository, login: &login };
+        let mut login = self.login(endpoint, want).await?;
+        let mut answer = self.ask_as(&login, endpoint, want, tries).await?;
+        let ecr = EcrRegistry::parse(want.repository.registry()).filter(|_| login.source == Source::Ecr);
+        if let Some(ecr) = ecr.filter(|_| is_refusal(&answer))
+            && self.ecr.forget(&ecr, &login.secret).await
+        {
+            login = self.login(endpoint, want).await?;
+            answer = self.ask_as(&login, endpoint, want, tries).await?;
+        }
+        match answer.status {
+            status if status.is_success() => Ok(answer),
+            StatusCode::NOT_FOUND => Ok(answer),
+            StatusCode::METHOD_NOT_ALLOWED if want.method == Method::HEAD => Ok(answer),
+            _ if is_refusal(&answer) => {
+                Err(Who { endpoint, repository: want.repository, login: &login }.refused(&answer))
+            }
+            status => {
+                let found = format!("{} answers with the error {}", answer.place(), status.as_u16());
+                Err(FailureReason::RegistryUnavailable.because(found))
+            }
+        }
+    }
+
+    async fn ask_as(
+        &self,
+        login: &Login,
+        endpoint: &Endpoint,
+        want: &Want<'_>,
+        tries: usize,
+    ) -> Result<Answer, Failure> {
+        let who = Who { endpoint, repository: want.repository, login };
         let ask = Ask {
             operation: want.operation,
             method: want.method.clone(),
@@ -295,20 +324,7 @@ impl Registry {
             limit: want.limit,
             tries,
         };
-        let answer = self.grants.send(&self.client, &who, ask).await?;
-        match answer.status {
-            status if status.is_success() => Ok(answer),
-            StatusCode::NOT_FOUND => Ok(answer),
-            StatusCode::METHOD_NOT_ALLOWED if want.method == Method::HEAD => Ok(answer),
-            // What a redirect led to knows nothing of these credentials.
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if !answer.is_redirected => {
-                Err(who.refused(&answer))
-            }
-            status => {
-                let found = format!("{} answers with the error {}", answer.place(), status.as_u16());
-                Err(FailureReason::RegistryUnavailable.because(found))
-            }
-        }
+        self.grants.send(&self.client, &who, ask).await
     }
 
     /// The pull's credentials, ECR's, the node's Docker configuration's, or none.
@@ -335,6 +351,11 @@ impl Registry {
             (None, _) => Login::ANONYMOUS,
         })
     }
+}
+
+/// Whether the credentials were refused; what a redirect led to knows nothing of them.
+fn is_refusal(answer: &Answer) -> bool {
+    matches!(answer.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) && !answer.is_redirected
 }
 
 fn checked(digest: &Digest, bytes: &[u8], place: &str, name: &impl Fn() -> String) -> Result<Digest, Denial> {
