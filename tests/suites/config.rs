@@ -161,6 +161,26 @@ impl Guarded {
         .with_context(|| self.pullgate.log())
     }
 
+    /// Waits until nothing that happened before makes the daemon look at its files any more.
+    async fn comes_to_rest(&self) -> Result<()> {
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.pullgate.pid()));
+        let watcher = std::fs::read_dir(&tasks)?.flatten().map(|task| task.path()).find(|task| {
+            std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("notify"))
+        });
+        let status = watcher.context("no thread watches")?.join("status");
+        let wakes = || -> Result<u64> {
+            let text = std::fs::read_to_string(&status)?;
+            let line = text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            Ok(line.context("no count")?.trim().parse()?)
+        };
+        wait::until("a second without an event", wait::LONG, async || {
+            let before = wakes()?;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok((wakes()? == before).then_some(()))
+        })
+        .await
+    }
+
     async fn status(&self) -> Result<Value> {
         let socket = self.pullgate.socket().with_file_name("a");
         // Named, because the configuration that names it may be bad.
@@ -244,8 +264,10 @@ async fn a_link_s_target_and_a_replaced_folder_are_watched() -> Result<()> {
     };
     guarded.reload("ok", link).await?;
     guarded.is_open().await?;
+    guarded.comes_to_rest().await?;
     guarded.reload("ok", || Ok(std::fs::write(&target, &strict)?)).await?;
     guarded.is_strict().await?;
+    guarded.comes_to_rest().await?;
     let replace = || -> Result<()> {
         std::fs::rename(&folder, folder.with_extension("old"))?;
         std::fs::create_dir(&folder)?;
@@ -253,6 +275,7 @@ async fn a_link_s_target_and_a_replaced_folder_are_watched() -> Result<()> {
     };
     guarded.reload("ok", replace).await?;
     guarded.is_open().await?;
+    guarded.comes_to_rest().await?;
     guarded.reload("ok", || Ok(std::fs::write(&target, &strict)?)).await?;
     guarded.is_strict().await
 }
@@ -262,24 +285,7 @@ async fn a_link_s_target_and_a_replaced_folder_are_watched() -> Result<()> {
 async fn a_daemon_whose_files_do_not_change_does_not_look_at_them_again_and_again() -> Result<()> {
     let guarded = Guarded::start().await?;
     guarded.reload("ok", || guarded.pullgate.reconfigure(&guarded.world, &guarded.open())).await?;
-    let tasks = PathBuf::from(format!("/proc/{}/task", guarded.pullgate.pid()));
-    let watcher = std::fs::read_dir(&tasks)?
-        .flatten()
-        .map(|task| task.path())
-        .find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("notify")));
-    let status = watcher.context("no thread watches")?.join("status");
-    let wakes = || -> Result<u64> {
-        let text = std::fs::read_to_string(&status)?;
-        let line = text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        Ok(line.context("no count")?.trim().parse()?)
-    };
-    // What came of the reload is over when a whole second passes without an event.
-    wait::until("a second of rest", wait::LONG, async || {
-        let before = wakes()?;
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        Ok((wakes()? == before).then_some(()))
-    })
-    .await
+    guarded.comes_to_rest().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
