@@ -192,6 +192,7 @@ async fn sweep(engine: Arc<Engine>) {
         let swept = tokio::task::spawn_blocking(move || {
             let active = engine.active();
             let (store, cache) = (engine.store(), &active.config.cache);
+            store.count_once();
             match store.size().1 > cache.max_entries {
                 true => store.sweep(&Lifetimes::from(cache), cache.max_entries),
                 false => store.sweep_part(part, &Lifetimes::from(cache)),

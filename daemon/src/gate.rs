@@ -62,9 +62,16 @@ impl Gate {
     }
 
     /// Asks the engine and writes the decision down: no decision leaves the gate unrecorded.
-    pub async fn judge(&self, ask: &Ask, context: &Context) -> Judgement {
-        let judgement = self.engine.judge(ask).await;
-        audit::record(&judgement, context);
+    pub async fn judge(&self, ask: &Ask, context: Context) -> Arc<Judgement> {
+        let judgement = Arc::new(self.engine.judge(ask).await);
+        if audit::is_new(&judgement, &context) {
+            let judgement = Arc::clone(&judgement);
+            // The journal may be slow, and calls that only pass must not wait for it.
+            let recorded = tokio::task::spawn_blocking(move || audit::record(&judgement, &context)).await;
+            if let Err(error) = recorded {
+                tracing::error!(%error, "a decision could not be recorded");
+            }
+        }
         judgement
     }
 }

@@ -159,6 +159,16 @@ pub enum Stop {
     Failed(Failure),
 }
 
+impl Stop {
+    /// What was found.
+    pub fn found(&self) -> &str {
+        match self {
+            Self::Denied(denial) => &denial.found,
+            Self::Failed(failure) => &failure.found,
+        }
+    }
+}
+
 impl DenyReason {
     /// A denial for this reason.
     pub fn because(self, found: impl Into<String>) -> Denial {

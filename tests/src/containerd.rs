@@ -35,6 +35,17 @@ pub enum Version {
 }
 
 impl Version {
+    /// The newest that is here: 2.1, or 1.7 where that can't be had.
+    pub fn newest() -> Result<Option<Self>> {
+        for version in [Self::V21, Self::V17] {
+            match crate::parts::lacks(version.part())? {
+                None => return Ok(Some(version)),
+                Some(why) => eprintln!("not on {version:?}: {why}"),
+            }
+        }
+        Ok(None)
+    }
+
     /// The part's name, for [`crate::need!`].
     pub fn part(self) -> &'static str {
         match self {

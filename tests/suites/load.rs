@@ -330,7 +330,7 @@ async fn a_caller_that_goes_away_ends_only_what_nobody_else_waits_for() -> Resul
     gate.arrived(1).await?;
     wait::until_true("only the held request to be under way", || proxy.running() == 1).await?;
     alone.abort();
-    // Well before the registry client itself gives such a request up, after 10 s.
+    // Well before the registry client itself gives such a request up, after 7 s.
     wait::until("the held request to be dropped", Duration::from_secs(5), async || {
         Ok((proxy.running() == 0).then_some(()))
     })

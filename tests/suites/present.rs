@@ -20,6 +20,7 @@ pullgate_tests::on_both! {
     a_verbose_answer_about_a_denied_image_says_nothing,
     a_pulled_tag_is_recorded_and_moves_with_the_registry,
     what_is_there_is_pulled_again_while_its_tag_is_resolved,
+    a_pull_after_a_removal_brings_the_tag_back,
     a_pull_begun_early_counts_for_nothing_where_the_tag_has_moved,
 }
 
@@ -437,6 +438,21 @@ async fn what_is_there_is_pulled_again_while_its_tag_is_resolved(version: Versio
     assert_eq!(pull.await??, image.config_digest);
     gated.told(&image.by_tag()).await?.context("absent")?;
     Ok(())
+}
+
+async fn a_pull_after_a_removal_brings_the_tag_back(version: Version) -> Result<()> {
+    let gated = Gated::on(version).await?;
+    let (image, cri) = (gated.signed("app").await?, gated.pullgate.cri());
+    cri.pull(&image.by_tag()).await?;
+    // The tag alone, past the CRI, and then all of it.
+    gated.world.containerd.ctr(&["images", "rm", &image.by_tag()]).await?;
+    gated.shows(&image.by_tag(), None).await?;
+    assert_eq!(cri.pull(&image.by_tag()).await?, image.config_digest);
+    gated.shows(&image.by_tag(), Some(&image.config_digest)).await?;
+    cri.remove_image(&image.by_tag()).await?;
+    gated.shows(&image.by_tag(), None).await?;
+    assert_eq!(cri.pull(&image.by_tag()).await?, image.config_digest);
+    gated.shows(&image.by_tag(), Some(&image.config_digest)).await
 }
 
 async fn a_pull_begun_early_counts_for_nothing_where_the_tag_has_moved(version: Version) -> Result<()> {

@@ -118,7 +118,8 @@ impl Site {
         let (content, verdicts) = (self.content()?, pullgate.verdicts().await?);
         self.proxy().inject(Rule::on(at, fault));
         let text = refused(pullgate, &image.by_tag(), reason).await?;
-        ensure!(self.content()? == content, "something of it reached containerd");
+        // containerd's own collector may have taken something away meanwhile.
+        ensure!(self.content()?.is_subset(&content), "something of it reached containerd");
         let transient = text.starts_with("RegistryUnavailable: ") || reason == "image-not-found";
         ensure!(pullgate.verdicts().await? == verdicts + u64::from(!transient), "stored or not: {text}");
         if transient {
@@ -291,7 +292,7 @@ async fn a_registry_that_says_nothing_is_given_up() -> Result<()> {
     for status in [one, two] {
         let status = status.err().context("it was pulled")?;
         assert!(status.message().contains(": registry-unavailable: "), "{status}");
-        assert!(status.message().contains("no complete answer within 10 s"), "{status}");
+        assert!(status.message().contains("no complete answer within 7 s"), "{status}");
     }
     site.proxy().heal();
     pullgate.cri().pull(&silent_name).await?;
@@ -864,7 +865,9 @@ async fn the_environment_s_proxy_is_used_where_no_proxy_does_not_except_it() -> 
 async fn an_old_allow_verdict_stands_while_the_registry_is_away() -> Result<()> {
     let site = Site::start().await?;
     let (image, unsigned) = (site.signed("app").await?, site.unsigned("unsigned").await?);
-    let cache = |grace: &str| format!("cache: {{positiveTTL: 0s, negativeTTL: 0s, staleGrace: {grace}}}");
+    let cache = |grace: &str| {
+        format!("deadline: 2s\ncache: {{positiveTTL: 0s, negativeTTL: 0s, staleGrace: {grace}}}")
+    };
     let pullgate = site.pullgate(&cache("1h")).await?;
     pullgate.cri().pull(&image.by_tag()).await?;
     refused(&pullgate, &unsigned.by_tag(), "unsigned").await?;
@@ -874,9 +877,11 @@ async fn an_old_allow_verdict_stands_while_the_registry_is_away() -> Result<()> 
             && entry["PULLGATE_STALE_BECAUSE"] == reason
             && entry["PULLGATE_DECISION"] == "allow"
     };
-    for (fault, reason) in
-        [(Fault::throttle(3600), "registry-throttled"), (Fault::status(503), "registry-unavailable")]
-    {
+    for (fault, reason) in [
+        (Fault::throttle(3600), "registry-throttled"),
+        (Fault::status(503), "registry-unavailable"),
+        (Fault::Hang, "timeout"),
+    ] {
         site.proxy().inject(Rule::on(SIGNATURES, fault));
         pullgate.cri().pull(&image.by_tag()).await.context(reason)?;
         pullgate.audited(|entry| is_stale(entry, reason)).await?;
@@ -887,7 +892,7 @@ async fn an_old_allow_verdict_stands_while_the_registry_is_away() -> Result<()> 
     // The whole registry is away: what is on the node goes on to run.
     site.proxy().inject(Rule::on("*", Fault::Reset));
     let before = pullgate.metric("pullgate_stale_allows_total", &[]).await?;
-    assert_eq!(before, 2.0);
+    assert_eq!(before, 3.0);
     let status = pullgate.cri().image_status(&image.by_tag()).await?.context("judged as absent")?;
     assert_eq!(status.id, image.config_digest);
     assert_eq!(pullgate.metric("pullgate_stale_allows_total", &[]).await?, before + 1.0);
@@ -961,5 +966,38 @@ async fn a_new_rule_is_answered_from_the_evidence_that_is_kept() -> Result<()> {
     reload(&old.replace("s*", "sh*")).await?;
     pullgate.cri().image_status(&image.by_tag()).await?.context("judged as absent")?;
     assert_eq!(cached(), Some(json!("stale")));
+    Ok(())
+}
+
+/// A denial ends all that earlier evidence allowed, under whichever rule it was fetched: a registry
+/// that goes away afterwards brings nothing of it back.
+#[tokio::test(flavor = "multi_thread")]
+async fn evidence_that_was_disproved_stands_in_for_nothing() -> Result<()> {
+    let site = Site::start().await?;
+    let image = site.unsigned("app").await?;
+    let mut document: Value = serde_json::from_slice(&SigTag::document(&image))?;
+    document["optional"] = json!({"team": "shop"});
+    let payload = document.to_string().into_bytes();
+    let signature = site.world.moto().await?.sign(&site.key, "ECDSA_SHA_256", &payload).await?;
+    SigTag::of(&site.world.registry.oci(), &image).make(&payload, &signature).await?;
+    let config = |more: &str| {
+        let rules = policy::rules(&[policy::rule_for("*/**", &site.uri, more)]);
+        format!("cache: {{positiveTTL: 0s, negativeTTL: 0s, staleGrace: 1h}}\n{rules}")
+    };
+    let pullgate = Pullgate::start(&site.world, &config("")).await?;
+    pullgate.cri().pull(&image.by_tag()).await?;
+    wait::until("the verdict", wait::LONG, async || Ok((pullgate.verdicts().await? == 1).then_some(())))
+        .await?;
+    // Another requirement that the same evidence meets.
+    pullgate.reconfigure(&site.world, &config("annotations: {team: shop}"))?;
+    pullgate.admin(&["reload"]).await?.ok()?;
+    SigTag::of(&site.world.registry.oci(), &image).remove().await?;
+    refused(&pullgate, &image.by_tag(), "unsigned").await?;
+    wait::until("the denial", wait::LONG, async || Ok((pullgate.verdicts().await? == 2).then_some(())))
+        .await?;
+    site.proxy().inject(Rule::on("*", Fault::Reset));
+    assert!(pullgate.cri().image_status(&image.by_tag()).await?.is_none());
+    let entry = pullgate.audit().pop().context("no entry")?;
+    assert_eq!(entry["PULLGATE_REASON"], "registry-unavailable", "{entry}");
     Ok(())
 }

@@ -301,3 +301,40 @@ async fn the_units_are_sound_and_the_catalog_knows_every_event() -> Result<()> {
     }
     Ok(())
 }
+
+/// What only passes never waits for a decision, nor for the journal that a decision waits for.
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_journal_hangs_what_only_passes_goes_on() -> Result<()> {
+    let node = Node::start().await?;
+    let image = Image::new("unsigned").push(&node.world.registry).await?;
+    let journald = |signal: &'static str| {
+        let machine = &node.machine;
+        async move { machine.run_ok(&["systemctl", "kill", signal, "systemd-journald.service"]).await.map(drop) }
+    };
+    journald("--signal=STOP").await?;
+    // More than the journal's socket holds: sooner or later one waits.
+    let pulls: Vec<_> = (0..600)
+        .map(|_| {
+            let (cri, name) = (node.cri.clone(), image.by_tag());
+            tokio::spawn(async move { cri.pull(&name).await.is_err() })
+        })
+        .collect();
+    wait::until("pulls to wait for the journal", wait::LONG, async || {
+        let waiting = pulls.iter().filter(|pull| !pull.is_finished()).count();
+        let before = pulls.len() - waiting;
+        node.cri.list_images().await?;
+        Ok((before > 0 && waiting > 0 && before == pulls.iter().filter(|pull| pull.is_finished()).count())
+            .then_some(()))
+    })
+    .await?;
+    for _ in 0..20 {
+        tokio::time::timeout(wait::LONG, node.cri.list_images()).await??;
+    }
+    journald("--signal=CONT").await?;
+    for pull in pulls {
+        assert!(pull.await?, "it was pulled");
+    }
+    let told = node.journal(600, &["PULLGATE_METHOD=PullImage"]).await?;
+    assert_eq!(told.len(), 600, "nothing is lost");
+    Ok(())
+}

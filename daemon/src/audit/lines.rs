@@ -2,6 +2,7 @@
 
 use std::fmt::{Debug, Write as _};
 use std::io::Write as _;
+use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
@@ -31,6 +32,9 @@ impl<S: Subscriber> Layer<S> for Lines {
                 let mut entry = fields.0;
                 entry.insert("PRIORITY".into(), priority(metadata.level()).into());
                 entry.insert("TARGET".into(), metadata.target().into());
+                entry.insert("SYSLOG_IDENTIFIER".into(), "pullgate".into());
+                let now = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+                entry.insert("TIMESTAMP".into(), now.into());
                 Value::Object(entry).to_string()
             }
             Form::Text => fields.text(metadata.level().as_str()),

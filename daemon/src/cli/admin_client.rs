@@ -1,6 +1,7 @@
 //! Asks the running daemon over its admin socket.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
@@ -10,23 +11,25 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 
 use super::{AdminArgs, TRANSIENT, USAGE};
-use crate::config::{Config, DEFAULT_ADMIN};
+use crate::config::{Config, DEFAULT_ADMIN, DEFAULT_PATH};
+
+/// Going through a hundred thousand verdicts takes a second or two.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
 impl AdminArgs {
-    /// The admin socket that was given; or the one that the configuration names, and the usual one:
-    /// the daemon may have started with another file, or the file be broken by now.
+    /// The admin socket that was given, or that the configuration names; for the usual configuration
+    /// the usual socket, too: the file may be broken, or another than the daemon started with.
     fn sockets(&self) -> Result<Vec<PathBuf>, (u8, String)> {
-        let usual = Path::new(DEFAULT_ADMIN);
-        match (&self.admin, Config::load(&self.config.config)) {
-            (Some(socket), _) => Ok(vec![socket.clone()]),
-            (None, Ok(loaded)) if loaded.config.admin == usual || !usual.exists() => {
-                Ok(vec![loaded.config.admin])
-            }
-            (None, Ok(loaded)) => Ok(vec![loaded.config.admin, usual.into()]),
-            (None, Err(_)) if usual.exists() => Ok(vec![usual.into()]),
-            (None, Err(errors)) => {
-                Err((USAGE, format!("{errors}\n  help: or give the socket: --admin SOCKET")))
-            }
+        if let Some(socket) = &self.admin {
+            return Ok(vec![socket.clone()]);
+        }
+        let usual = (self.config.config == Path::new(DEFAULT_PATH)).then(|| PathBuf::from(DEFAULT_ADMIN));
+        match Config::load(&self.config.config) {
+            Ok(loaded) => Ok([loaded.config.admin].into_iter().chain(usual).collect()),
+            Err(errors) => usual
+                .filter(|socket| socket.exists())
+                .map(|socket| vec![socket])
+                .ok_or_else(|| (USAGE, format!("{errors}\n  help: or give the socket: --admin SOCKET"))),
         }
     }
 
@@ -41,7 +44,9 @@ impl AdminArgs {
     /// The exit status and a sentence with the remedy.
     pub async fn ask(&self, method: Method, path: &str) -> Result<Value, (u8, String)> {
         let (stream, socket) = connect(&self.sockets()?).await?;
-        let (status, answer) = request(stream, method, path).await.map_err(|why| away(&socket, &why))?;
+        let answered = tokio::time::timeout(ANSWER_WITHIN, request(stream, method, path)).await;
+        let answered = answered.unwrap_or_else(|_| Err("nobody answers".into()));
+        let (status, answer) = answered.map_err(|why| away(&socket, &why))?;
         match status.is_success() {
             true => Ok(answer),
             false => Err((

@@ -23,8 +23,6 @@ pub const USAGE: u8 = 2;
 /// It could not be found out; another try may.
 pub const TRANSIENT: u8 = 3;
 
-const CONFIG: &str = "/etc/pullgate/config.yaml";
-
 /// Proves that an image is allowed before containerd pulls it.
 ///
 /// pullgate stands between the kubelet and containerd (kubelet: imageServiceEndpoint). It
@@ -99,7 +97,7 @@ in force, 3 the daemon does not answer.")]
 #[derive(clap::Args, Debug, Clone)]
 pub struct ConfigFile {
     /// Configuration file
-    #[arg(long, short, value_name = "FILE", default_value = CONFIG, env = "PULLGATE_CONFIG")]
+    #[arg(long, short, value_name = "FILE", default_value = crate::config::DEFAULT_PATH, env = "PULLGATE_CONFIG")]
     pub config: PathBuf,
 }
 

@@ -78,8 +78,7 @@ pub(super) fn read(sections: &[Section<'_>]) -> Vec<(Rule, ImageGlob)> {
         }
         let Some((text, glob)) = glob else { continue };
         let line = section.at.line;
-        let restricts = strategy.as_ref().is_some_and(|strategy| *strategy != Strategy::Allow);
-        if let Err(complaint) = reach.add(&text, &glob, line, restricts) {
+        if let Err(complaint) = reach.add(&text, &glob, line) {
             section.error(section.place("imageGlob"), "imageGlob", complaint);
             continue;
         }

@@ -102,7 +102,7 @@ pub static TOP: &[Field] = &[
         "deadline",
         Kind::Duration,
         "10s",
-        "How long a pull waits for a verdict; the work goes on after it.",
+        "How long a pull waits for a verdict; a verification goes on after it.",
     )
     .within("100ms", "10m"),
     field(

@@ -119,14 +119,16 @@ impl Question<'_> {
             credentials: Credentials::none(),
             patience: deadline.saturating_duration_since(tokio::time::Instant::now()),
         };
+        let known = (name.to_owned(), self.image.id.clone());
         let context = Context {
             method: Method::ImageStatus,
+            was_allowed: self.gate.known_names.get(&known).as_ref() == Some(&digest),
             runtime_handler: self.handler.to_owned(),
             ..Context::default()
         };
-        let allowed = self.gate.judge(&ask, &context).await.is_allowed();
+        let allowed = self.gate.judge(&ask, context).await.is_allowed();
         if allowed {
-            self.gate.known_names.insert((name.to_owned(), self.image.id.clone()), digest);
+            self.gate.known_names.insert(known, digest);
         }
         allowed
     }

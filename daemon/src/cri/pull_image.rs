@@ -1,5 +1,6 @@
 //! `PullImage`: the first gate. Only a proved digest is asked for.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -26,11 +27,11 @@ use crate::reference::Repository;
 const TAG_SHOWS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Answers one `PullImage`.
-pub async fn answer(gate: &Gate, request: Request<Incoming>) -> Response<Body> {
+pub async fn answer(gate: &Arc<Gate>, request: Request<Incoming>) -> Response<Body> {
     gated(gate, request).await.unwrap_or_else(router::refuse)
 }
 
-async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>, Status> {
+async fn gated(gate: &Arc<Gate>, request: Request<Incoming>) -> Result<Response<Body>, Status> {
     let (head, incoming) = request.into_parts();
     let message = Unary::request(incoming).await?;
     let asked = PullImageRequest::decode(message.clone())
@@ -38,7 +39,7 @@ async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>
     let (ask, context) = question(gate, &head, asked);
     let permitted = Permitted::new();
     let judging = async {
-        let judgement = gate.judge(&ask, &context).await;
+        let judgement = gate.judge(&ask, context).await;
         // Nobody else sets it.
         let _ = permitted.set(judgement.permit().and_then(Permit::pinned));
         judgement
@@ -50,23 +51,20 @@ async fn gated(gate: &Gate, request: Request<Incoming>) -> Result<Response<Body>
     }
     // `refusal::status` has answered whatever has no permit.
     let permit = judgement.permit().ok_or_else(|| Status::internal("a refusal without a text"))?;
-    let pulled = match early {
-        Some((early, pulled)) if early.pinned() == permit.pinned() => Ok(pulled),
-        _ => ask_next_hop(gate, &head, &message, permit).await,
-    };
-    let pulled = pulled.inspect_err(|status| audit::next_hop_away(permit, status.message()))?;
-    if let (Some(tag), Some(digest)) = (permit.tag_to_record(), permit.digest())
-        && pulled.is_success()
-    {
-        if let Err(status) = record_tag(gate, &tag, permit.repository(), digest, &pulled).await {
-            // The image is there and was proved; the kubelet will run it by its id.
-            tracing::warn!(
-                image = tag,
-                error = status.message(),
-                "the pulled image's tag could not be recorded"
-            );
+    let (pulled, was_early) = match early {
+        Some((early, pulled)) if early.pinned() == permit.pinned() => (pulled, true),
+        _ => {
+            let pulled = ask_next_hop(gate, &head, &message, permit).await;
+            (pulled.inspect_err(|status| audit::next_hop_away(permit, status.message()))?, false)
         }
-        gate.pulled_tags.insert(tag, digest.clone());
+    };
+    if let Some(tag) = Tag::of(permit, &pulled) {
+        gate.pulled_tags.insert(tag.name.clone(), tag.digest.clone());
+        match was_early {
+            // It has been recorded before: unless somebody removed it meanwhile, it is there.
+            true => drop(tokio::spawn(tag.recorded(Arc::clone(gate)))),
+            false => tag.recorded(Arc::clone(gate)).await,
+        }
     }
     Ok(Response::from_parts(pulled.head, pulled.answer.into_body()))
 }
@@ -76,6 +74,7 @@ fn question(gate: &Gate, head: &Parts, asked: PullImageRequest) -> (Ask, Context
     let pod = asked.sandbox_config.and_then(|sandbox| sandbox.metadata).unwrap_or_default();
     let context = Context {
         method: Method::PullImage,
+        was_allowed: false,
         namespace: pod.namespace,
         pod: pod.name,
         pod_uid: pod.uid,
@@ -162,29 +161,48 @@ pub async fn ask_next_hop(
     Ok(Pulled { head, answer, image: told.unwrap_or_default().image_ref })
 }
 
-/// Makes the tag's record, and waits until the CRI plugin shows it for the pulled image.
-async fn record_tag(
-    gate: &Gate,
-    tag: &str,
-    repository: &Repository,
-    digest: &Digest,
-    pulled: &Pulled,
-) -> Result<(), Status> {
-    if !gate.image_store.tag(tag, repository, digest).await? {
-        return Ok(());
+/// A tag that containerd won't record by itself when it pulls by digest.
+struct Tag {
+    name: String,
+    repository: Repository,
+    digest: Digest,
+    /// The image's id.
+    image: String,
+}
+
+impl Tag {
+    /// The tag that the caller used for what has been pulled.
+    fn of(permit: &Permit, pulled: &Pulled) -> Option<Self> {
+        let (name, digest) = (permit.tag_to_record()?, permit.digest()?.clone());
+        let repository = permit.repository().clone();
+        pulled.is_success().then(|| Self { name, repository, digest, image: pulled.image.clone() })
     }
-    let shown =
-        || async { Ok::<_, Status>(gate.next_hop.image_id(tag).await?.is_some_and(|id| id == pulled.image)) };
-    let deadline = tokio::time::Instant::now() + TAG_SHOWS_WITHIN;
-    let mut pause = Duration::from_millis(1);
-    while !shown().await? {
-        if tokio::time::Instant::now() + pause > deadline {
-            return Err(Status::deadline_exceeded("containerd does not show the recorded tag"));
+
+    /// Sees to it that there is a record of it. The image is there and was proved: without the
+    /// record the kubelet still runs it, by its id.
+    async fn recorded(self, gate: Arc<Gate>) {
+        if let Err(status) = self.record(&gate).await {
+            let error = status.message();
+            tracing::warn!(image = self.name, error, "the pulled image's tag could not be recorded");
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_millis(50));
     }
-    Ok(())
+
+    /// Makes the record, and waits until the CRI plugin shows it for the pulled image.
+    async fn record(&self, gate: &Gate) -> Result<(), Status> {
+        if !gate.image_store.tag(&self.name, &self.repository, &self.digest).await? {
+            return Ok(());
+        }
+        let deadline = tokio::time::Instant::now() + TAG_SHOWS_WITHIN;
+        let mut pause = Duration::from_millis(1);
+        while gate.next_hop.image_id(&self.name).await?.as_ref() != Some(&self.image) {
+            if tokio::time::Instant::now() + pause > deadline {
+                return Err(Status::deadline_exceeded("containerd does not show the recorded tag"));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -265,20 +265,37 @@ impl Engine {
             let (store, at_once, metrics) = (self.store.clone(), self.at_once.clone(), self.metrics.clone());
             let at_registry = self.at_registry(verification.registry());
             async move {
-                if let Found::Fresh(stored, tier) = store.find_on_disk(&key, &lifetimes) {
-                    return Ok((stored, CacheState::Hit(tier)));
-                }
+                let purges = store.purges();
+                let on_disk = {
+                    let store = Arc::clone(&store);
+                    move || match store.find_on_disk(&key, &lifetimes) {
+                        Found::Fresh(stored, tier) => Err((stored, CacheState::Hit(tier))),
+                        Found::Stale(_) | Found::Nothing => Ok(store.kin(&key, &lifetimes)),
+                    }
+                };
+                let kin = match tokio::task::spawn_blocking(on_disk).await {
+                    Ok(Err(found)) => return Ok(found),
+                    Ok(Ok(kin)) => kin,
+                    // sled's panics are caught below this; whatever it was, nothing was found.
+                    Err(_) => Vec::new(),
+                };
                 let persist = |stored: &Arc<Stored>| {
                     let (store, stored) = (Arc::clone(&store), Arc::clone(stored));
-                    tokio::task::spawn_blocking(move || store.persist(&key, &stored));
+                    tokio::task::spawn_blocking(move || {
+                        store.persist(&key, &stored);
+                        if !stored.is_allow() {
+                            store.drop_evidence(&key);
+                        }
+                    });
                 };
-                if let Some(stored) = verification.rework(&store.kin(&key, &lifetimes)).await {
-                    let stored = store.remember(key, stored);
-                    if VerdictStore::is_fresh(&stored, &lifetimes) {
-                        metrics.cache_request("evidence", "hit");
-                        persist(&stored);
-                        return Ok((stored, CacheState::Hit("evidence")));
-                    }
+                let reworked = verification.rework(&kin).await.filter(|_| purges == store.purges());
+                if let Some(stored) = reworked.map(|stored| store.recover(key, stored))
+                    && stored.is_allow()
+                    && VerdictStore::is_fresh(&stored, &lifetimes)
+                {
+                    metrics.cache_request("evidence", "hit");
+                    persist(&stored);
+                    return Ok((stored, CacheState::Hit("evidence")));
                 }
                 metrics.cache_request("evidence", "miss");
                 let work = async {

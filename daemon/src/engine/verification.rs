@@ -65,14 +65,17 @@ impl Verification {
     }
 
     /// Works an allow verdict out from what was fetched for earlier ones about the same image,
-    /// without the network. It is as old as its evidence. A denial is left to [`Self::run`]:
-    /// somebody may have signed the image since.
+    /// without the network: not for a key that KMS verifies with. It is as old as its evidence. A
+    /// denial is left to [`Self::run`]: somebody may have signed the image since.
     pub(super) async fn rework(&self, kin: &[Stored]) -> Option<Stored> {
+        if self.key.remote().is_some() {
+            return None;
+        }
         let about = |old: &&Stored| {
             old.repository == self.repository.to_string() && old.digest == self.digest.as_str()
         };
         for old in kin.iter().filter(about) {
-            if let Ok(proof) = self.first_good(&old.evidence).await {
+            if let Ok((proof, _)) = self.first_good(&old.evidence).await {
                 return Some(Stored { verdict: Verdict::Allow(proof), ..old.clone() });
             }
         }
@@ -127,30 +130,34 @@ impl Verification {
         let mut payloads =
             pin!(signatures.payloads(&self.registry, &self.repository, &self.limits, &self.access));
         let mut rejected: Option<Rejection> = None;
-        let mut evidence = Vec::new();
+        let mut seen = Vec::new();
         while let Some(candidates) = payloads.next().await {
-            let tried = match candidates {
-                Ok(candidates) => {
-                    keep(&mut evidence, &candidates);
-                    self.first_good(&candidates).await
+            let candidates = match candidates {
+                Ok(candidates) => candidates,
+                Err(stop) => {
+                    rejected = Some(more_telling(rejected, Passed::Nothing.then(stop)));
+                    continue;
                 }
-                Err(stop) => Err(Passed::Nothing.then(stop)),
             };
-            match tried {
-                Ok(proof) => return Ok((proof, evidence)),
+            match self.first_good(&candidates).await {
+                Ok((proof, good)) => {
+                    let others = candidates.iter().chain(&seen).filter(|other| *other != good);
+                    return Ok((proof, kept(std::iter::once(good).chain(others))));
+                }
                 Err(rejection) => rejected = Some(more_telling(rejected, rejection)),
             }
+            seen.extend(candidates);
         }
         // `Signatures` is never empty; without one there is nothing good.
         Err(rejected
             .map_or_else(|| DenyReason::Unsigned.because("no signature was found").into(), |r| r.stop))
     }
 
-    async fn first_good(&self, candidates: &[Candidate]) -> Result<Proof, Rejection> {
+    async fn first_good<'a>(&self, candidates: &'a [Candidate]) -> Result<(Proof, &'a Candidate), Rejection> {
         let mut rejected: Option<Rejection> = None;
         for candidate in candidates {
             match signature::verify(candidate, &self.key, &self.digest, &self.required.annotations).await {
-                Ok(proof) => return Ok(proof),
+                Ok(proof) => return Ok((proof, candidate)),
                 Err(rejection) => rejected = Some(more_telling(rejected, rejection)),
             }
         }
@@ -159,18 +166,15 @@ impl Verification {
     }
 }
 
-/// Keeps what was fetched, in the order in which it was tried, as far as there is room.
-fn keep(evidence: &mut Vec<Candidate>, candidates: &[Candidate]) {
-    let size = |candidate: &Candidate| candidate.payload.len() + candidate.signature.len();
-    let mut room = MOST_EVIDENCE.saturating_sub(evidence.iter().map(size).sum());
-    let fitting = candidates.iter().take_while(|candidate| match room.checked_sub(size(candidate)) {
-        Some(left) => {
-            room = left;
-            true
-        }
-        None => false,
-    });
-    evidence.extend(fitting.cloned());
+/// What is kept of the evidence, as far as there is room.
+fn kept<'a>(candidates: impl Iterator<Item = &'a Candidate>) -> Vec<Candidate> {
+    let mut room = MOST_EVIDENCE;
+    let fits = |candidate: &&Candidate| {
+        let left = room.checked_sub(candidate.payload.len() + candidate.signature.len());
+        room = left.unwrap_or(0);
+        left.is_some()
+    };
+    candidates.take_while(fits).cloned().collect()
 }
 
 fn more_telling(so_far: Option<Rejection>, next: Rejection) -> Rejection {

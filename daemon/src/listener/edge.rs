@@ -2,8 +2,7 @@
 //!
 //! A call passes from the caller's connection to a handler and on to containerd's connection.
 //! On one thread these hand over without waking another one up, which costs more than the work
-//! itself. What takes long (registries, keys, signatures, disks) runs on the daemon's own runtime; only
-//! the journal is written to from here, and waited for: no decision is answered unrecorded.
+//! itself. What takes long (registries, keys, signatures, disks, the journal) runs elsewhere.
 
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;

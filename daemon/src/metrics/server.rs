@@ -9,12 +9,16 @@ use http_body_util::Full;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tonic::Status;
 
 use crate::gate::Gate;
 use crate::listener::serve::{self, Running};
 
 /// How long the next hop may take before it counts as not answering.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+/// A name that no image has.
+const NO_IMAGE: &str = "pullgate.invalid/ready:ready";
 
 /// Connections at once to the TCP socket.
 const MOST_CONNECTIONS: usize = 32;
@@ -65,15 +69,20 @@ pub async fn answer<B>(gate: Arc<Gate>, request: Request<B>) -> Response<Full<By
     plain(status, text)
 }
 
-/// Whether the next hop answers a cheap call.
+/// Whether the next hop, and containerd's own API, answer a cheap call.
 ///
 /// # Errors
 /// A sentence.
 pub async fn next_hop_answers(gate: &Gate) -> Result<(), String> {
-    match tokio::time::timeout(ANSWER_WITHIN, gate.next_hop.image_id("pullgate.invalid/ready:ready")).await {
+    answers("the next hop", gate.next_hop.image_id(NO_IMAGE)).await?;
+    answers("containerd", gate.image_store.digest_of(NO_IMAGE)).await
+}
+
+async fn answers<T>(who: &str, call: impl Future<Output = Result<T, Status>>) -> Result<(), String> {
+    match tokio::time::timeout(ANSWER_WITHIN, call).await {
         Ok(Ok(_)) => Ok(()),
-        Ok(Err(status)) => Err(format!("the next hop does not answer: {}", status.message())),
-        Err(_) => Err("the next hop takes connections but does not answer".into()),
+        Ok(Err(status)) => Err(format!("{who} does not answer: {}", status.message())),
+        Err(_) => Err(format!("{who} takes connections but does not answer")),
     }
 }
 

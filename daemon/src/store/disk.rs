@@ -7,7 +7,7 @@
 use std::ops::RangeBounds;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use super::entry::{Stored, VerdictKey};
@@ -27,6 +27,8 @@ pub struct Disk {
     open: RwLock<Option<Open>>,
     /// sled counts by reading every entry, so they are counted here; see [`Self::recount`].
     entries: AtomicUsize,
+    /// Whether they were counted since the last crash.
+    is_counted: AtomicBool,
     trouble: Mutex<Option<Trouble>>,
 }
 
@@ -63,13 +65,25 @@ impl Disk {
                 (None, Some(trouble))
             }
         };
-        let entries = AtomicUsize::new(open.as_ref().map_or(0, counted));
-        Self { path: Some(path), open: RwLock::new(open), entries, trouble: Mutex::new(trouble) }
+        let counted = open.as_ref().and_then(take_count);
+        Self {
+            path: Some(path),
+            open: RwLock::new(open),
+            entries: AtomicUsize::new(counted.unwrap_or(0)),
+            is_counted: AtomicBool::new(counted.is_some()),
+            trouble: Mutex::new(trouble),
+        }
     }
 
     /// No disk at all.
     pub fn none() -> Self {
-        Self { path: None, open: RwLock::new(None), entries: AtomicUsize::new(0), trouble: Mutex::new(None) }
+        Self {
+            path: None,
+            open: RwLock::new(None),
+            entries: AtomicUsize::new(0),
+            is_counted: AtomicBool::new(true),
+            trouble: Mutex::new(None),
+        }
     }
 
     /// Closes what is open and opens it anew; says whether it works again. Blocks for as long as
@@ -212,7 +226,12 @@ impl Disk {
         dropped
     }
 
-    /// Entries: counted from the last clean stop on, so after a crash about right.
+    /// Whether [`Self::entries`] is right: not after a crash, until [`Self::recount`].
+    pub fn is_counted(&self) -> bool {
+        self.is_counted.load(Ordering::Relaxed)
+    }
+
+    /// How many entries there are.
     pub fn entries(&self) -> usize {
         self.entries.load(Ordering::Relaxed)
     }
@@ -222,6 +241,7 @@ impl Disk {
         let counted =
             self.opened().as_ref().map_or(0, |open| guarded(|| Ok(open.verdicts.len())).unwrap_or(0));
         self.entries.store(counted, Ordering::Relaxed);
+        self.is_counted.store(true, Ordering::Relaxed);
     }
 
     /// Bytes on disk.
@@ -324,10 +344,12 @@ fn open(path: &Path) -> Result<Open, Trouble> {
     }
 }
 
-fn counted(open: &Open) -> usize {
-    let stored = guarded(|| open.database.get(ENTRIES_KEY)).ok().flatten();
-    let bytes = stored.and_then(|bytes| <[u8; 8]>::try_from(bytes.as_ref()).ok());
-    bytes.and_then(|bytes| usize::try_from(u64::from_be_bytes(bytes)).ok()).unwrap_or(0)
+/// The count that the last clean stop left, taken away: a crash leaves none. A new store has none
+/// either, and nothing to count.
+fn take_count(open: &Open) -> Option<usize> {
+    let stored = guarded(|| open.database.remove(ENTRIES_KEY)).ok()?;
+    let Some(stored) = stored else { return open.verdicts.is_empty().then_some(0) };
+    usize::try_from(u64::from_be_bytes(<[u8; 8]>::try_from(stored.as_ref()).ok()?)).ok()
 }
 
 /// Moves the store to `<path>.set-aside`, in place of an earlier one.

@@ -63,7 +63,6 @@ pub struct Stored {
     pub judged_at_unix: u64,
     /// What was fetched for an allow verdict: under another rule or key, another verdict can be
     /// worked out from it without the network.
-    #[serde(default)]
     pub evidence: Vec<Candidate>,
 }
 

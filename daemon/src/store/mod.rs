@@ -9,7 +9,7 @@ mod entry;
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -54,6 +54,8 @@ pub enum Found {
 pub struct VerdictStore {
     tiers: Arc<Tiers>,
     metrics: Arc<Metrics>,
+    /// Counts the purges.
+    purges: AtomicU64,
 }
 
 struct Tiers {
@@ -79,7 +81,11 @@ impl VerdictStore {
 
     fn on(disk: Disk, metrics: Arc<Metrics>) -> Self {
         let memory = Cache::new(MEMORY_ENTRIES);
-        Self { tiers: Arc::new(Tiers { memory, disk, mending: AtomicBool::new(false) }), metrics }
+        Self {
+            tiers: Arc::new(Tiers { memory, disk, mending: AtomicBool::new(false) }),
+            metrics,
+            purges: AtomicU64::new(0),
+        }
     }
 
     /// Sees to it that a disk tier in trouble is tried again until it works: a full disk is
@@ -119,6 +125,11 @@ impl VerdictStore {
         found
     }
 
+    /// How often verdicts have been purged: what was read before a purge must not be written after it.
+    pub fn purges(&self) -> u64 {
+        self.purges.load(Ordering::Acquire)
+    }
+
     /// An allow verdict within its lifetime, if memory holds one. It does not count as a look-up.
     pub fn recall(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Option<Arc<Stored>> {
         match classify(self.tiers.memory.get(key)?, "memory", lifetimes) {
@@ -141,6 +152,21 @@ impl VerdictStore {
         kin
     }
 
+    /// Takes the evidence from every verdict about the same digest of the same repository: it has
+    /// been disproved. Blocks for as long as the disk does.
+    pub fn drop_evidence(&self, key: &VerdictKey) {
+        let mut disproved = Vec::new();
+        self.tiers.disk.for_each_beginning(key.subject(), |other, stored| {
+            if !stored.evidence.is_empty() {
+                disproved.push((other, Stored { evidence: Vec::new(), ..stored }));
+            }
+            true
+        });
+        for (other, stored) in disproved {
+            self.persist(&other, &stored);
+        }
+    }
+
     /// Whether a verdict stands on its own, and not only where a failure needs it to.
     pub fn is_fresh(stored: &Arc<Stored>, lifetimes: &Lifetimes) -> bool {
         matches!(classify(Arc::clone(stored), "disk", lifetimes), Found::Fresh(..))
@@ -151,9 +177,15 @@ impl VerdictStore {
             self.mend();
             return None;
         };
-        let stored = Arc::new(stored);
-        self.tiers.memory.insert(*key, Arc::clone(&stored));
-        Some(stored)
+        Some(self.recover(*key, stored))
+    }
+
+    /// Remembers a verdict of earlier in memory, unless there is a later one. Gives the one that is
+    /// there.
+    pub fn recover(&self, key: VerdictKey, stored: Stored) -> Arc<Stored> {
+        let later = |held: &Arc<Stored>| held.judged_at_unix > stored.judged_at_unix;
+        let held = self.tiers.memory.get(&key).filter(later);
+        held.unwrap_or_else(|| self.remember(key, stored))
     }
 
     /// Remembers a verdict in memory, at once. [`Self::persist`] writes it out.
@@ -182,10 +214,16 @@ impl VerdictStore {
         self.count_entries();
     }
 
-    /// Counts the entries on disk by reading them all. The running count is only about right
-    /// after a crash.
+    /// Counts the entries on disk by reading them all.
     pub fn recount(&self) {
         self.tiers.disk.recount();
+    }
+
+    /// Counts them if that is still to be done: after a crash.
+    pub fn count_once(&self) {
+        if !self.tiers.disk.is_counted() {
+            self.recount();
+        }
     }
 
     /// Drops what no longer counts among one 256th of the entries.
@@ -225,6 +263,7 @@ impl VerdictStore {
 
     /// Forgets the verdicts that `doomed` picks; how many they were.
     pub fn purge(&self, mut doomed: impl FnMut(&Stored) -> bool) -> usize {
+        self.purges.fetch_add(1, Ordering::AcqRel);
         let mut keys = Vec::new();
         self.for_each(|key, stored| {
             if doomed(&stored) {
@@ -466,6 +505,41 @@ mod tests {
         let age = |stored: Stored| now.duration_since(stored.judged_at()).unwrap_or_default().as_secs() / 10;
         let ages: Vec<u64> = store.kin(&asked, &LIFETIMES).into_iter().map(age).collect();
         assert_eq!(ages, [2, 12]);
+    }
+
+    #[test]
+    fn after_a_crash_the_entries_are_counted_anew() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        (0..3).for_each(|n| keep(&store, key(n), allow()));
+        store.flush();
+        drop(store);
+        let store = open(directory.path());
+        assert_eq!(store.size().1, 3);
+        (3..5).for_each(|n| keep(&store, key(n), allow()));
+        // Without `flush`, as after a crash.
+        drop(store);
+        let store = open(directory.path());
+        assert!(!store.tiers.disk.is_counted());
+        store.count_once();
+        assert_eq!(store.size().1, 5);
+    }
+
+    #[test]
+    fn what_was_disproved_is_no_evidence_any_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open(directory.path());
+        let reference = crate::reference::Reference::parse("host.lan/a").unwrap();
+        let digest = crate::digest::Digest::sha256(b"a");
+        let [asked, other] = [1, 2].map(|rule| VerdictKey::new(&reference.repository, &digest, &[rule; 32]));
+        let evidence = vec![crate::verify::signature::Candidate {
+            payload: bytes::Bytes::from_static(b"payload"),
+            signature: "signature".into(),
+        }];
+        keep(&store, other, Stored { evidence: evidence.clone(), ..allow() });
+        assert_eq!(store.kin(&asked, &LIFETIMES)[0].evidence, evidence);
+        store.drop_evidence(&asked);
+        assert_eq!(store.kin(&asked, &LIFETIMES)[0].evidence, []);
     }
 
     #[test]

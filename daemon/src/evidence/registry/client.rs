@@ -19,8 +19,9 @@ use crate::budget::Budget;
 use crate::metrics::Metrics;
 use crate::verdict::Failure;
 
-/// Time for one request, from the connection to the last byte.
-pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// Time for one request, from the connection to the last byte: less than a pull's usual deadline, so
+/// that a registry that says nothing is told as such.
+pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(7);
 /// Tries of one question to the last host that can answer it.
 pub(super) const TRIES: usize = 3;
 /// After this long no further try is begun.

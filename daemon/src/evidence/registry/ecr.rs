@@ -120,6 +120,28 @@ impl Ecr {
         if let Some(token) = token.as_ref().filter(|token| token.until > Instant::now()) {
             return Ok(Login { secret: token.secret.clone(), source: Source::Ecr });
         }
+        let fresh = self.fresh(registry, &slot).await?;
+        let secret = fresh.secret.clone();
+        *token = Some(fresh);
+        Ok(Login { secret, source: Source::Ecr })
+    }
+
+    /// Another login than one that a registry refused, if there is any hope in it. Where ECR gives
+    /// none, the old token stays: other repositories may take it.
+    pub(super) async fn renew(&self, registry: &EcrRegistry, refused: &Secret) -> Option<Login> {
+        let slot = self.slot(registry);
+        let mut token = slot.token.lock().await;
+        let held = token.as_ref()?;
+        if held.secret == *refused {
+            if held.given.elapsed() < TOO_YOUNG {
+                return None;
+            }
+            *token = Some(self.fresh(registry, &slot).await.ok()?);
+        }
+        token.as_ref().map(|token| Login { secret: token.secret.clone(), source: Source::Ecr })
+    }
+
+    async fn fresh(&self, registry: &EcrRegistry, slot: &Slot) -> Result<Token, Failure> {
         let permit = slot.breaker.admit()?;
         let fresh = self.ask(registry).await;
         match &fresh {
@@ -127,24 +149,7 @@ impl Ecr {
             Err(failure) => permit.failed(failure),
         }
         self.metrics.ecr_request(fresh.as_ref().map_or_else(|failure| failure.reason.code(), |_| "ok"));
-        let fresh = fresh?;
-        let secret = fresh.secret.clone();
-        *token = Some(fresh);
-        Ok(Login { secret, source: Source::Ecr })
-    }
-
-    /// Forgets a token that a registry refused; says whether a new one is worth asking for.
-    pub(super) async fn forget(&self, registry: &EcrRegistry, refused: &Secret) -> bool {
-        let slot = self.slot(registry);
-        let mut token = slot.token.lock().await;
-        match &*token {
-            Some(held) if held.secret != *refused => true,
-            Some(held) if held.given.elapsed() < TOO_YOUNG => false,
-            _ => {
-                *token = None;
-                true
-            }
-        }
+        fresh
     }
 
     fn slot(&self, registry: &EcrRegistry) -> Arc<Slot> {
@@ -353,12 +358,14 @@ pub(super) mod tests {
         let server = Server::new(move |_| token(&format!("secret-{}", next()), 12 * 3600)).await;
         let ecr = ecr_at(&server.url()).await;
         let first = ecr.login(&registry()).await.unwrap().secret;
-        assert!(!ecr.forget(&registry(), &first).await);
+        assert!(ecr.renew(&registry(), &first).await.is_none());
         ecr.slot(&registry()).token.lock().await.as_mut().unwrap().given -= TOO_YOUNG;
-        assert!(ecr.forget(&registry(), &first).await);
-        let second = ecr.login(&registry()).await.unwrap().secret;
-        assert!(ecr.forget(&registry(), &first).await, "somebody else has renewed it");
-        assert!(ecr.login(&registry()).await.unwrap().secret == second);
+        let second = ecr.renew(&registry(), &first).await.unwrap().secret;
+        assert!(second != first && ecr.login(&registry()).await.unwrap().secret == second);
+        assert!(
+            ecr.renew(&registry(), &first).await.unwrap().secret == second,
+            "it has been renewed already"
+        );
         assert_eq!(server.seen().len(), 2);
     }
 

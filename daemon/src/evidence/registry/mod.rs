@@ -284,9 +284,9 @@ impl Registry {
         let mut answer = self.ask_as(&login, endpoint, want, tries).await?;
         let ecr = EcrRegistry::parse(want.repository.registry()).filter(|_| login.source == Source::Ecr);
         if let Some(ecr) = ecr.filter(|_| is_refusal(&answer))
-            && self.ecr.forget(&ecr, &login.secret).await
+            && let Some(renewed) = self.ecr.renew(&ecr, &login.secret).await
         {
-            login = self.login(endpoint, want).await?;
+            login = renewed;
             answer = self.ask_as(&login, endpoint, want, tries).await?;
         }
         match answer.status {

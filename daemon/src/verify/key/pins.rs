@@ -14,6 +14,8 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::verdict::{DenyReason, FailureReason, Stop};
+
 /// A directory of pins.
 pub struct Pins {
     directory: PathBuf,
@@ -72,9 +74,9 @@ impl Pins {
     /// The pin of `uri`, if there is one.
     ///
     /// # Errors
-    /// A sentence when there is one that can't be read. It is not the same as none: without a
-    /// pin, whatever KMS gives is trusted.
-    pub fn get(&self, uri: &str) -> Result<Option<Pin>, String> {
+    /// When there is one that can't be read (a failure) or understood (a denial). It is not the same
+    /// as none: without a pin, whatever KMS gives is trusted.
+    pub fn get(&self, uri: &str) -> Result<Option<Pin>, Stop> {
         let path = self.path(uri);
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
@@ -82,15 +84,17 @@ impl Pins {
                 return Ok(self.kept().get(uri).cloned());
             }
             Err(error) => {
-                return Err(format!("the key's pin {} can't be read: {}", path.display(), error.kind()));
+                let why = format!("the key's pin {} can't be read: {}", path.display(), error.kind());
+                return Err(FailureReason::KmsUnavailable.because(why).into());
             }
         };
         match parse(&bytes).filter(|pin| pin.uri == uri) {
             Some(pin) => Ok(Some(pin)),
-            None => Err(format!(
-                "the key's pin {} is damaged (once you know why, remove it and restart pullgate)",
-                path.display()
-            )),
+            None => {
+                let why = "is damaged (once you know why, remove it and restart pullgate)";
+                let why = format!("the key's pin {} {why}", path.display());
+                Err(DenyReason::UntrustedIdentity.because(why).into())
+            }
         }
     }
 
@@ -154,7 +158,7 @@ mod tests {
         let mut forged = pin;
         forged.trusted.spki = BASE64.encode(b"another");
         again.put(&forged).unwrap();
-        assert!(again.get("aws-kms://a").unwrap_err().contains("is damaged"));
+        assert!(again.get("aws-kms://a").unwrap_err().found().contains("is damaged"));
     }
 
     /// Without this, a full disk would turn every look into trust on first use.

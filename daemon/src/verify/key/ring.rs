@@ -102,7 +102,12 @@ impl KeyRing {
     /// # Errors
     /// A sentence, when there is no such conflict or the pin can't be written.
     pub fn accept(&self, uri: &str, sha256: Option<&str>) -> Result<Pin, String> {
-        let pin = self.shelf.pins.get(uri)?.ok_or_else(|| format!("no key is pinned for {uri}"))?;
+        let pin = self
+            .shelf
+            .pins
+            .get(uri)
+            .map_err(|stop| stop.found().to_owned())?
+            .ok_or_else(|| format!("no key is pinned for {uri}"))?;
         let trusted = pin.conflict.ok_or_else(|| format!("{uri} points at the key that is trusted"))?;
         if sha256.is_some_and(|expected| expected != trusted.sha256) {
             return Err(format!("{uri} points at another key by now (SHA-256 {})", trusted.sha256));
@@ -163,7 +168,7 @@ impl Shelf {
     async fn ask_kms(&self, uri: &KeyUri, key: &KmsKey) -> Answer {
         let label = uri.label();
         // A pin that is there but can't be read must not turn into trust on first use.
-        let pin = self.pins.get(&label).map_err(|why| DenyReason::UntrustedIdentity.because(why))?;
+        let pin = self.pins.get(&label)?;
         match pin {
             // A key id can't be re-pointed: the pin is all that is ever needed.
             Some(pin) if !key.is_alias() && pin.conflict.is_none() => self.trust(&pin),
