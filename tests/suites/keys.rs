@@ -3,8 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use pullgate_tests::process::run_ok;
 use pullgate_tests::{
-    Cosign, Fault, Image, KmsKey, Moto, Pullgate, Pushed, Rule, SigTag, Tamper, World, moto, policy, refused,
-    wait,
+    Cosign, Fault, Gate, Image, KmsKey, Moto, Pullgate, Pushed, Rule, SigTag, Tamper, World, moto, policy,
+    refused, wait,
 };
 use serde_json::Value;
 use std::path::PathBuf;
@@ -670,5 +670,34 @@ async fn an_old_allow_verdict_stands_while_kms_is_away() -> Result<()> {
     pullgate.reconfigure(&keys.world, &cache("0s"))?;
     pullgate.start_again().await?;
     refused(&pullgate, &image.by_tag(), "kms-unavailable").await.context("past the grace")?;
+    Ok(())
+}
+
+/// A KMS that hangs holds up nobody whose key is pinned; what it says in the end still counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_kms_holds_up_no_pinned_alias_and_is_heard_in_the_end() -> Result<()> {
+    let keys = Keys::start().await?;
+    let moto = keys.moto().await?;
+    let (old, new) = (moto.create_key("ECC_NIST_P256").await?, moto.create_key("ECC_NIST_P256").await?);
+    let alias = format!("alias/slow-{}", old.id);
+    moto.create_alias(&alias, &old).await?;
+    let image = keys.signed("app", &old).await?;
+    let pullgate = keys.pullgate(&format!("awskms:///{alias}"), "aws: {aliasRecheck: 0s}").await?;
+    pullgate.cri().pull(&image.by_tag()).await?;
+
+    let gate = Gate::new();
+    keys.spoil("GetPublicKey", Fault::Hold(gate.clone())).await?;
+    moto.update_alias(&alias, &new).await?;
+    // Within `imageStatusDeadline`, or it would be absent.
+    let status = pullgate.cri().image_status(&image.by_tag()).await?.context("absent")?;
+    assert_eq!(status.id, image.config_digest);
+    gate.arrived(1).await?;
+    gate.open();
+    wait::until("the other key to be noticed", wait::LONG, async || {
+        Ok(pullgate.cri().image_status(&image.by_tag()).await?.is_none().then_some(()))
+    })
+    .await?;
+    let entry = pullgate.audit().pop().context("no entry")?;
+    assert_eq!(entry["PULLGATE_REASON"], "untrusted-identity", "{entry}");
     Ok(())
 }

@@ -13,6 +13,9 @@ use crate::engine::flight::Flights;
 use crate::metrics::Metrics;
 use crate::verdict::{DenyReason, FailureReason, Stop};
 
+/// So long an alias with a pin is waited for: then the pinned key stands, and the comparison goes on.
+const COMPARE_WITHIN: Duration = Duration::from_secs(1);
+
 type Answer = Result<Arc<TrustedKey>, Stop>;
 
 /// The keys in use; shared by all requests.
@@ -88,7 +91,13 @@ impl KeyRing {
             || Err(FailureReason::KmsUnavailable.because("the look-up of the key ended early").into());
         // Whoever gives up waiting still wants the key to be there the next time.
         ticket.keep_running();
-        ticket.wait().await.unwrap_or_else(nothing)
+        match tokio::time::timeout(COMPARE_WITHIN, ticket.wait()).await {
+            Ok(answer) => answer.unwrap_or_else(nothing),
+            Err(_) => match self.shelf.pinned(uri) {
+                Some(pinned) => pinned,
+                None => ticket.wait().await.unwrap_or_else(nothing),
+            },
+        }
     }
 
     /// Every pin.
@@ -138,6 +147,12 @@ impl Shelf {
         let found = held.get(uri)?;
         let may_move = matches!(uri, KeyUri::Kms(key) if key.is_alias());
         (!may_move || found.checked.elapsed() < self.alias_recheck).then(|| found.answer.clone())
+    }
+
+    /// What the pin says, where there is one.
+    fn pinned(&self, uri: &KeyUri) -> Option<Answer> {
+        let KeyUri::Kms(_) = uri else { return None };
+        Some(self.trust(&self.pins.get(&uri.label()).ok()??))
     }
 
     async fn fetch(&self, uri: &KeyUri) -> Answer {
