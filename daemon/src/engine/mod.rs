@@ -4,13 +4,13 @@ pub mod fingerprint;
 pub mod flight;
 pub mod judgement;
 mod verification;
+mod work;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use prometheus::IntGauge;
 use tokio::sync::Semaphore;
 
 use crate::config::{Config, DefaultAction, Loaded, SignedBy, Strategy};
@@ -26,9 +26,7 @@ use crate::verify::key::{KeyRing, TrustedKey};
 use flight::Flights;
 use judgement::{AppliedRule, CacheState, Judgement, Outcome, Permit};
 use verification::Verification;
-
-/// Work that outlived its callers is given up after this long.
-const LONGEST_WORK: Duration = Duration::from_secs(30);
+use work::{Verified, Work};
 
 /// One question.
 #[derive(Clone, Debug)]
@@ -99,9 +97,6 @@ fn registry_settings(config: &Config) -> Settings {
     }
 }
 
-/// A verdict, and where it came from: the disk, stored evidence, or the network.
-type Verified = Result<(Arc<Stored>, CacheState), Failure>;
-
 /// The engine; shared by all doors.
 pub struct Engine {
     active: ArcSwap<Active>,
@@ -111,22 +106,6 @@ pub struct Engine {
     at_once: Arc<Semaphore>,
     at_registries: Mutex<HashMap<String, Arc<Semaphore>>>,
     metrics: Arc<Metrics>,
-}
-
-/// One more in a gauge, for as long as it lives: also when its task is cancelled.
-struct Counted<'a>(&'a IntGauge);
-
-impl<'a> Counted<'a> {
-    fn up(gauge: &'a IntGauge) -> Self {
-        gauge.inc();
-        Self(gauge)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
 }
 
 impl Engine {
@@ -262,54 +241,16 @@ impl Engine {
     ) -> Verified {
         let whose = verification.access().credentials.clone();
         let (mut ticket, joined) = self.verifications.join((key, whose), || {
-            let (store, at_once, metrics) = (self.store.clone(), self.at_once.clone(), self.metrics.clone());
-            let at_registry = self.at_registry(verification.registry());
-            async move {
-                let purges = store.purges();
-                let on_disk = {
-                    let store = Arc::clone(&store);
-                    move || match store.find_on_disk(&key, &lifetimes) {
-                        Found::Fresh(stored, tier) => Err((stored, CacheState::Hit(tier))),
-                        Found::Stale(_) | Found::Nothing => Ok(store.kin(&key, &lifetimes)),
-                    }
-                };
-                let kin = match tokio::task::spawn_blocking(on_disk).await {
-                    Ok(Err(found)) => return Ok(found),
-                    Ok(Ok(kin)) => kin,
-                    // sled's panics are caught below this; whatever it was, nothing was found.
-                    Err(_) => Vec::new(),
-                };
-                let persist = |stored: &Arc<Stored>| {
-                    let (store, stored) = (Arc::clone(&store), Arc::clone(stored));
-                    tokio::task::spawn_blocking(move || {
-                        store.persist(&key, &stored);
-                        if !stored.is_allow() {
-                            store.drop_evidence(&key);
-                        }
-                    });
-                };
-                let reworked = verification.rework(&kin).await.filter(|_| purges == store.purges());
-                if let Some(stored) = reworked.map(|stored| store.recover(key, stored))
-                    && stored.is_allow()
-                    && VerdictStore::is_fresh(&stored, &lifetimes)
-                {
-                    metrics.cache_request("evidence", "hit");
-                    persist(&stored);
-                    return Ok((stored, CacheState::Hit("evidence")));
-                }
-                metrics.cache_request("evidence", "miss");
-                let work = async {
-                    // The semaphores are never closed; without a permit nothing is verified.
-                    let _place = at_registry.acquire_owned().await.map_err(|_| timeout())?;
-                    let _permit = at_once.acquire_owned().await.map_err(|_| timeout())?;
-                    let _counted = Counted::up(&metrics.in_flight);
-                    verification.run().await
-                };
-                let verdict = tokio::time::timeout(LONGEST_WORK, work).await;
-                let stored = store.remember(key, verdict.unwrap_or_else(|_| Err(timeout()))?);
-                persist(&stored);
-                Ok((stored, CacheState::Miss))
-            }
+            let work = Work {
+                store: Arc::clone(&self.store),
+                metrics: Arc::clone(&self.metrics),
+                key,
+                lifetimes,
+                at_registry: self.at_registry(verification.registry()),
+                at_once: Arc::clone(&self.at_once),
+                verification,
+            };
+            work.run()
         });
         if joined {
             self.metrics.joins.inc();
