@@ -18,6 +18,15 @@ use crate::metrics::Metrics;
 /// Names of images that are remembered; a node has some hundred images.
 const KNOWN_NAMES: usize = 2048;
 
+/// A name of an image that was allowed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Known {
+    /// The digest that was proved.
+    pub digest: Digest,
+    /// The fingerprint of the policy that allowed it.
+    pub policy: String,
+}
+
 /// Shared by all connections.
 pub struct Gate {
     /// Decides.
@@ -30,7 +39,7 @@ pub struct Gate {
     /// the hash of the image's config, which names its content: while containerd resolves the
     /// name to it, the digest that was proved stands. That spares a call of containerd's API for
     /// each `ImageStatus`; only root can give a name another digest with the same id unproved.
-    pub known_names: Cache<(String, String), Digest>,
+    pub known_names: Cache<(String, String), Known>,
     /// What tags pointed to when they were pulled the last time.
     pub pulled_tags: Cache<String, Digest>,
     /// Metrics.
@@ -63,7 +72,13 @@ impl Gate {
 
     /// Asks the engine and writes the decision down: no decision leaves the gate unrecorded.
     pub async fn judge(&self, ask: &Ask, context: Context) -> Arc<Judgement> {
-        let judgement = Arc::new(self.engine.judge(ask).await);
+        let judgement = self.engine.judge(ask).await;
+        self.record(judgement, context).await
+    }
+
+    /// Writes a decision down.
+    pub async fn record(&self, judgement: Judgement, context: Context) -> Arc<Judgement> {
+        let judgement = Arc::new(judgement);
         if audit::is_new(&judgement, &context) {
             let judgement = Arc::clone(&judgement);
             // The journal may be slow, and calls that only pass must not wait for it.

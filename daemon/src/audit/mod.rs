@@ -56,7 +56,8 @@ impl Method {
 pub struct Context {
     /// The call.
     pub method: Method,
-    /// Whether the same image was allowed under the same name before.
+    /// Whether the same image was allowed under the same name by the same policy before, and that
+    /// was recorded.
     pub was_allowed: bool,
     /// The Pod's namespace.
     pub namespace: String,
@@ -71,15 +72,10 @@ pub struct Context {
 /// Whether a decision is to be written down.
 ///
 /// The kubelet asks for the status of a running Pod's image again and again. An allow that was
-/// recorded before, and is only repeated to `ImageStatus` from memory or by a rule, is no new decision.
+/// recorded before, and is only repeated from memory or by a rule, is no new decision.
 pub fn is_new(judgement: &Judgement, context: &Context) -> bool {
-    let repeated = match judgement.cache {
-        CacheState::Hit(tier) => tier == "memory",
-        // What a rule allows has no verdict.
-        CacheState::None => context.was_allowed,
-        CacheState::Miss | CacheState::Stale(_) => false,
-    };
-    !(context.method == Method::ImageStatus && judgement.is_allowed() && repeated)
+    let repeated = matches!(judgement.cache, CacheState::Hit("memory") | CacheState::None);
+    !(context.was_allowed && judgement.is_allowed() && repeated)
 }
 
 /// Writes one decision down; blocks for as long as the journal does.

@@ -11,25 +11,23 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 
 use super::{AdminArgs, TRANSIENT, USAGE};
-use crate::config::{Config, DEFAULT_ADMIN, DEFAULT_PATH};
+use crate::config::{Config, ConfigErrors, DEFAULT_ADMIN, DEFAULT_PATH};
 
 /// Going through a hundred thousand verdicts takes a second or two.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
 impl AdminArgs {
     /// The admin socket that was given, or that the configuration names; for the usual configuration
-    /// the usual socket, too: the file may be broken, or another than the daemon started with.
-    fn sockets(&self) -> Result<Vec<PathBuf>, (u8, String)> {
+    /// the usual socket, too: the file may be broken, or another than the daemon started with. With
+    /// the file's mistakes, if it has any.
+    fn sockets(&self) -> (Vec<PathBuf>, Option<ConfigErrors>) {
         if let Some(socket) = &self.admin {
-            return Ok(vec![socket.clone()]);
+            return (vec![socket.clone()], None);
         }
         let usual = (self.config.config == Path::new(DEFAULT_PATH)).then(|| PathBuf::from(DEFAULT_ADMIN));
         match Config::load(&self.config.config) {
-            Ok(loaded) => Ok([loaded.config.admin].into_iter().chain(usual).collect()),
-            Err(errors) => usual
-                .filter(|socket| socket.exists())
-                .map(|socket| vec![socket])
-                .ok_or_else(|| (USAGE, format!("{errors}\n  help: or give the socket: --admin SOCKET"))),
+            Ok(loaded) => ([loaded.config.admin].into_iter().chain(usual).collect(), None),
+            Err(errors) => (usual.filter(|socket| socket.exists()).into_iter().collect(), Some(errors)),
         }
     }
 
@@ -43,7 +41,20 @@ impl AdminArgs {
     /// # Errors
     /// The exit status and a sentence with the remedy.
     pub async fn ask(&self, method: Method, path: &str) -> Result<Value, (u8, String)> {
-        let (stream, socket) = connect(&self.sockets()?).await?;
+        let (sockets, mistakes) = self.sockets();
+        self.ask_one_of(&sockets, method, path).await.map_err(|failed| match mistakes {
+            Some(errors) => (USAGE, format!("{errors}\n  help: or give the socket: --admin SOCKET")),
+            None => failed,
+        })
+    }
+
+    async fn ask_one_of(
+        &self,
+        sockets: &[PathBuf],
+        method: Method,
+        path: &str,
+    ) -> Result<Value, (u8, String)> {
+        let (stream, socket) = connect(sockets).await?;
         let answered = tokio::time::timeout(ANSWER_WITHIN, request(stream, method, path)).await;
         let answered = answered.unwrap_or_else(|_| Err("nobody answers".into()));
         let (status, answer) = answered.map_err(|why| away(&socket, &why))?;

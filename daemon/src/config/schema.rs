@@ -94,7 +94,7 @@ pub static TOP: &[Field] = &[
         "allowedUIDs",
         Kind::List("user ids"),
         "[0]",
-        "Users that may connect to `listen`; the kubelet is 0.",
+        "Users that may connect to `listen`; the kubelet is 0. The daemon's own user (root) always may.",
     ),
     field("metrics", Kind::Section(METRICS), "", "Where `/metrics`, `/healthz` and `/readyz` are served."),
     field("cache", Kind::Section(CACHE), "", "How long verdicts are kept."),

@@ -527,7 +527,6 @@ fn what_is_odd_is_a_warning() {
         ("metrics: {listen: '127.0.0.1:0'}", "metrics.listen: port 0"),
         ("cache: {negativeTTL: 24h}", "cache.negativeTTL: denials"),
         ("imageStatusDeadline: 30s", "imageStatusDeadline: an ImageStatus"),
-        ("allowedUIDs: [1000]", "allowedUIDs: root"),
         ("aws: {kmsEndpoint: 'http://kms.example.com'}", "aws.kmsEndpoint: whoever"),
         (
             "verificationRules: [{imageGlob: '**', strategy: allow}]",

@@ -15,8 +15,9 @@ use crate::audit::{Context, Method};
 use crate::delegate::body::{self, Body, Unary};
 use crate::digest::Digest;
 use crate::engine::Ask;
+use crate::engine::judgement::Judgement;
 use crate::evidence::registry::Credentials;
-use crate::gate::Gate;
+use crate::gate::{Gate, Known};
 use crate::reference::Reference;
 
 /// Answers one `ImageStatus`.
@@ -72,7 +73,8 @@ impl Question<'_> {
         if let Ok(reference) = Reference::parse(self.asked) {
             let name = reference.to_string();
             if let Some(digest) = self.digest_of(&name).await? {
-                return Ok(self.judge(&name, digest, deadline).await);
+                let judged = self.judge(&name, digest, deadline).await;
+                return Ok(self.record(judged).await);
             }
             // A recorded name that is not this image's: it has just been moved. The pull tells.
             if self.gate.image_store.digest_of(&name).await?.is_some() {
@@ -81,30 +83,37 @@ impl Question<'_> {
         }
         // All at once: a name whose registry hangs must not use up the patience of the others.
         let names = self.image.repo_digests.iter().chain(&self.image.repo_tags);
-        let mut judged: FuturesUnordered<_> = names.map(|name| self.is_allowed_as(name, deadline)).collect();
-        let mut unknown = None;
-        while let Some(allowed) = judged.next().await {
-            match allowed {
-                Ok(true) => return Ok(true),
-                Ok(false) => {}
+        let mut judging: FuturesUnordered<_> =
+            names.map(|name| self.judge_recorded(name, deadline)).collect();
+        let (mut denied, mut unknown) = (Vec::new(), None);
+        while let Some(judged) = judging.next().await {
+            match judged {
+                // One name is enough, and what the others are is nobody's question.
+                Ok(Some(judged)) if judged.judgement.is_allowed() => return Ok(self.record(judged).await),
+                Ok(judged) => denied.extend(judged),
                 Err(status) => unknown = Some(status),
             }
+        }
+        for judged in denied {
+            self.record(judged).await;
         }
         unknown.map_or(Ok(false), Err)
     }
 
-    async fn is_allowed_as(&self, name: &str, deadline: tokio::time::Instant) -> Result<bool, Status> {
-        match self.digest_of(name).await? {
-            Some(digest) => Ok(self.judge(name, digest, deadline).await),
-            None => Ok(false),
-        }
+    async fn judge_recorded(
+        &self,
+        name: &str,
+        deadline: tokio::time::Instant,
+    ) -> Result<Option<Judged>, Status> {
+        let Some(digest) = self.digest_of(name).await? else { return Ok(None) };
+        Ok(Some(self.judge(name, digest, deadline).await))
     }
 
     /// The digest of `name`'s record, provided that it is this image's.
     async fn digest_of(&self, name: &str) -> Result<Option<Digest>, Status> {
         let known = (name.to_owned(), self.image.id.clone());
-        if let Some(digest) = self.gate.known_names.get(&known) {
-            return Ok(Some(digest));
+        if let Some(known) = self.gate.known_names.get(&known) {
+            return Ok(Some(known.digest));
         }
         let Some(digest) = self.gate.image_store.digest_of(name).await? else { return Ok(None) };
         let listed = self.image.repo_digests.iter().any(|d| d.ends_with(&format!("@{digest}")));
@@ -112,24 +121,39 @@ impl Question<'_> {
         Ok(same.then_some(digest))
     }
 
-    async fn judge(&self, name: &str, digest: Digest, deadline: tokio::time::Instant) -> bool {
+    async fn judge(&self, name: &str, digest: Digest, deadline: tokio::time::Instant) -> Judged {
         let ask = Ask {
             image: name.to_owned(),
             present: Some(digest.clone()),
             credentials: Credentials::none(),
             patience: deadline.saturating_duration_since(tokio::time::Instant::now()),
         };
-        let known = (name.to_owned(), self.image.id.clone());
+        let judgement = self.gate.engine.judge(&ask).await;
+        Judged { name: name.to_owned(), digest, judgement }
+    }
+
+    /// Writes a decision down, and remembers the name of an allowed image. Says whether it is one.
+    async fn record(&self, judged: Judged) -> bool {
+        let name = (judged.name, self.image.id.clone());
+        let known = Known { digest: judged.digest, policy: judged.judgement.policy.clone() };
         let context = Context {
             method: Method::ImageStatus,
-            was_allowed: self.gate.known_names.get(&known).as_ref() == Some(&digest),
+            was_allowed: self.gate.known_names.get(&name).as_ref() == Some(&known),
             runtime_handler: self.handler.to_owned(),
             ..Context::default()
         };
-        let allowed = self.gate.judge(&ask, context).await.is_allowed();
-        if allowed {
-            self.gate.known_names.insert(known, digest);
+        let allowed = self.gate.record(judged.judgement, context).await.is_allowed();
+        match allowed {
+            true => self.gate.known_names.insert(name, known),
+            false => drop(self.gate.known_names.remove(&name)),
         }
         allowed
     }
+}
+
+/// What was decided about the image under one of its names.
+struct Judged {
+    name: String,
+    digest: Digest,
+    judgement: Judgement,
 }

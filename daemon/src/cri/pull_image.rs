@@ -55,13 +55,18 @@ async fn gated(gate: &Arc<Gate>, request: Request<Incoming>) -> Result<Response<
         Some((early, pulled)) if early.pinned() == permit.pinned() => (pulled, true),
         _ => {
             let pulled = ask_next_hop(gate, &head, &message, permit).await;
-            (pulled.inspect_err(|status| audit::next_hop_away(permit, status.message()))?, false)
+            if let Err(status) = &pulled {
+                let (permit, why) = (permit.clone(), status.message().to_owned());
+                // It ends early only with the daemon.
+                let _ = tokio::task::spawn_blocking(move || audit::next_hop_away(&permit, &why)).await;
+            }
+            (pulled?, false)
         }
     };
     if let Some(tag) = Tag::of(permit, &pulled) {
         gate.pulled_tags.insert(tag.name.clone(), tag.digest.clone());
         match was_early {
-            // It has been recorded before: unless somebody removed it meanwhile, it is there.
+            // It was recorded when it was pulled the last time: nearly always it is still there.
             true => drop(tokio::spawn(tag.recorded(Arc::clone(gate)))),
             false => tag.recorded(Arc::clone(gate)).await,
         }
@@ -181,6 +186,10 @@ impl Tag {
     /// Sees to it that there is a record of it. The image is there and was proved: without the
     /// record the kubelet still runs it, by its id.
     async fn recorded(self, gate: Arc<Gate>) {
+        if gate.pulled_tags.get(&self.name).as_ref() != Some(&self.digest) {
+            // It has been pulled anew meanwhile, and has moved.
+            return;
+        }
         if let Err(status) = self.record(&gate).await {
             let error = status.message();
             tracing::warn!(image = self.name, error, "the pulled image's tag could not be recorded");

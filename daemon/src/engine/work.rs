@@ -66,8 +66,12 @@ impl Work {
         if let Some(stored) = self.try_evidence(&kin, purges).await {
             return Ok((stored, CacheState::Hit("evidence")));
         }
-        let stored = self.store.remember(self.key, self.ask_network().await?);
-        self.persist(&stored);
+        let verdict = self.ask_network().await?;
+        if !verdict.is_allow() {
+            self.drop_evidence().await;
+        }
+        let stored = self.store.remember(self.key, verdict);
+        self.persist(purges, &stored);
         Ok((stored, CacheState::Miss))
     }
 
@@ -85,12 +89,12 @@ impl Work {
     /// A fresh verdict worked out from what others rest on. A stale one only stays in memory, should
     /// the network fail.
     async fn try_evidence(&self, kin: &[Stored], purges: u64) -> Option<Arc<Stored>> {
+        let reworked = self.verification.rework(kin).await;
         // What was purged meanwhile must not come back.
-        let reworked = self.verification.rework(kin).await.filter(|_| purges == self.store.purges());
-        let stored = reworked.map(|stored| self.store.recover(self.key, stored));
+        let stored = reworked.and_then(|stored| self.store.recover_since(purges, self.key, stored));
         let fresh = stored.filter(|s| s.is_allow() && VerdictStore::is_fresh(s, &self.lifetimes));
         self.metrics.cache_request("evidence", if fresh.is_some() { "hit" } else { "miss" });
-        fresh.inspect(|stored| self.persist(stored))
+        fresh.inspect(|stored| self.persist(purges, stored))
     }
 
     async fn ask_network(&self) -> Result<Stored, Failure> {
@@ -104,14 +108,16 @@ impl Work {
         tokio::time::timeout(LONGEST, verified).await.unwrap_or_else(|_| Err(timeout()))
     }
 
-    /// Writes a verdict out, and takes the evidence from those that a denial disproves.
-    fn persist(&self, stored: &Arc<Stored>) {
+    /// A denial disproves what earlier verdicts about the same image rest on.
+    async fn drop_evidence(&self) {
+        let (store, key) = (Arc::clone(&self.store), self.key);
+        // It ends early only with the daemon.
+        let _ = tokio::task::spawn_blocking(move || store.drop_evidence(&key)).await;
+    }
+
+    /// Writes a verdict out.
+    fn persist(&self, purges: u64, stored: &Arc<Stored>) {
         let (store, key, stored) = (Arc::clone(&self.store), self.key, Arc::clone(stored));
-        tokio::task::spawn_blocking(move || {
-            store.persist(&key, &stored);
-            if !stored.is_allow() {
-                store.drop_evidence(&key);
-            }
-        });
+        tokio::task::spawn_blocking(move || store.persist_since(purges, &key, &stored));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A call passes from the caller's connection to a handler and on to containerd's connection.
 //! On one thread these hand over without waking another one up, which costs more than the work
-//! itself. What takes long (registries, keys, signatures, disks, the journal) runs elsewhere.
+//! itself. What takes long (registries, keys, signatures, disks, the audit) runs elsewhere.
 
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;

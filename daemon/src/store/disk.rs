@@ -35,6 +35,8 @@ pub struct Disk {
 struct Open {
     database: sled::Db,
     verdicts: sled::Tree,
+    /// How many verdicts there were, if the last stop was a clean one.
+    count: Option<usize>,
 }
 
 /// What is wrong with the disk tier.
@@ -65,7 +67,7 @@ impl Disk {
                 (None, Some(trouble))
             }
         };
-        let counted = open.as_ref().and_then(take_count);
+        let counted = open.as_ref().and_then(|open| open.count);
         Self {
             path: Some(path),
             open: RwLock::new(open),
@@ -162,6 +164,31 @@ impl Disk {
         if let Ok(open) = self.open.try_read() {
             self.for_each_of(&open, |verdicts| verdicts.scan_prefix(start), visit);
         }
+    }
+
+    /// Changes the entries whose key begins so and for which `change` gives something; their keys.
+    /// What is written meanwhile stays.
+    pub fn change_beginning(
+        &self,
+        start: &[u8],
+        change: impl Fn(Stored) -> Option<Stored>,
+    ) -> Vec<VerdictKey> {
+        let mut changed = Vec::new();
+        let open = self.opened();
+        let Some(open) = &*open else { return changed };
+        let _ = self.told(guarded(|| {
+            for item in open.verdicts.scan_prefix(start) {
+                let (key, value) = item?;
+                let new = decode(&value).and_then(&change).and_then(|new| serde_json::to_vec(&new).ok());
+                if let (Ok(bytes), Some(new)) = (<[u8; 32]>::try_from(key.as_ref()), new) {
+                    // Somebody else's value is later than this one.
+                    let _ = open.verdicts.compare_and_swap(key, Some(value), Some(new))?;
+                    changed.push(VerdictKey::from_bytes(bytes));
+                }
+            }
+            open.verdicts.flush()
+        }));
+        changed
     }
 
     fn for_each_in(&self, keys: impl RangeBounds<[u8; 1]>, visit: impl FnMut(VerdictKey, Stored) -> bool) {
@@ -328,7 +355,10 @@ fn open(path: &Path) -> Result<Open, Trouble> {
         }
         let is_ours = database.get(FORMAT_KEY)?.is_some_and(|f| f.as_ref() == FORMAT);
         Ok::<_, sled::Error>(match is_ours {
-            true => Ok(Open { database, verdicts }),
+            true => {
+                let count = take_count(&database, &verdicts)?;
+                Ok(Open { database, verdicts, count })
+            }
             false => Err("it has another format"),
         })
     }));
@@ -346,10 +376,13 @@ fn open(path: &Path) -> Result<Open, Trouble> {
 
 /// The count that the last clean stop left, taken away: a crash leaves none. A new store has none
 /// either, and nothing to count.
-fn take_count(open: &Open) -> Option<usize> {
-    let stored = guarded(|| open.database.remove(ENTRIES_KEY)).ok()?;
-    let Some(stored) = stored else { return open.verdicts.is_empty().then_some(0) };
-    usize::try_from(u64::from_be_bytes(<[u8; 8]>::try_from(stored.as_ref()).ok()?)).ok()
+fn take_count(database: &sled::Db, verdicts: &sled::Tree) -> sled::Result<Option<usize>> {
+    Ok(match database.remove(ENTRIES_KEY)? {
+        Some(count) => <[u8; 8]>::try_from(count.as_ref())
+            .ok()
+            .and_then(|count| usize::try_from(u64::from_be_bytes(count)).ok()),
+        None => verdicts.is_empty().then_some(0),
+    })
 }
 
 /// Moves the store to `<path>.set-aside`, in place of an earlier one.

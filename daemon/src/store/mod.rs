@@ -9,8 +9,8 @@ mod entry;
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, SystemTime};
 
 use quick_cache::sync::Cache;
@@ -54,8 +54,8 @@ pub enum Found {
 pub struct VerdictStore {
     tiers: Arc<Tiers>,
     metrics: Arc<Metrics>,
-    /// Counts the purges.
-    purges: AtomicU64,
+    /// Counts the purges; held while one runs.
+    purges: RwLock<u64>,
 }
 
 struct Tiers {
@@ -84,7 +84,7 @@ impl VerdictStore {
         Self {
             tiers: Arc::new(Tiers { memory, disk, mending: AtomicBool::new(false) }),
             metrics,
-            purges: AtomicU64::new(0),
+            purges: RwLock::default(),
         }
     }
 
@@ -125,9 +125,14 @@ impl VerdictStore {
         found
     }
 
-    /// How often verdicts have been purged: what was read before a purge must not be written after it.
+    /// How often verdicts have been purged, once none is being purged: what was read before a purge
+    /// must not be written after it.
     pub fn purges(&self) -> u64 {
-        self.purges.load(Ordering::Acquire)
+        *self.not_purging()
+    }
+
+    fn not_purging(&self) -> RwLockReadGuard<'_, u64> {
+        self.purges.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// An allow verdict within its lifetime, if memory holds one. It does not count as a look-up.
@@ -155,15 +160,15 @@ impl VerdictStore {
     /// Takes the evidence from every verdict about the same digest of the same repository: it has
     /// been disproved. Blocks for as long as the disk does.
     pub fn drop_evidence(&self, key: &VerdictKey) {
-        let mut disproved = Vec::new();
-        self.tiers.disk.for_each_beginning(key.subject(), |other, stored| {
-            if !stored.evidence.is_empty() {
-                disproved.push((other, Stored { evidence: Vec::new(), ..stored }));
+        let without = |stored: Stored| Stored { evidence: Vec::new(), ..stored };
+        let stripped = self
+            .tiers
+            .disk
+            .change_beginning(key.subject(), |stored| (!stored.evidence.is_empty()).then(|| without(stored)));
+        for other in stripped {
+            if let Some(held) = self.tiers.memory.get(&other) {
+                self.tiers.memory.insert(other, Arc::new(without((*held).clone())));
             }
-            true
-        });
-        for (other, stored) in disproved {
-            self.persist(&other, &stored);
         }
     }
 
@@ -173,6 +178,7 @@ impl VerdictStore {
     }
 
     fn load(&self, key: &VerdictKey) -> Option<Arc<Stored>> {
+        let _still = self.not_purging();
         let Some(stored) = self.tiers.disk.get(key) else {
             self.mend();
             return None;
@@ -180,10 +186,24 @@ impl VerdictStore {
         Some(self.recover(*key, stored))
     }
 
-    /// Remembers a verdict of earlier in memory, unless there is a later one. Gives the one that is
+    /// [`Self::persist`], unless something was purged since there had been `purges` of them.
+    pub fn persist_since(&self, purges: u64, key: &VerdictKey, stored: &Stored) {
+        let now = self.not_purging();
+        if *now == purges {
+            self.persist(key, stored);
+        }
+    }
+
+    /// [`Self::recover`], unless something is being purged, or was since there had been `purges`.
+    pub fn recover_since(&self, purges: u64, key: VerdictKey, stored: Stored) -> Option<Arc<Stored>> {
+        let now = self.purges.try_read().ok()?;
+        (*now == purges).then(|| self.recover(key, stored))
+    }
+
+    /// Remembers a verdict of earlier in memory, unless there is one as late. Gives the one that is
     /// there.
-    pub fn recover(&self, key: VerdictKey, stored: Stored) -> Arc<Stored> {
-        let later = |held: &Arc<Stored>| held.judged_at_unix > stored.judged_at_unix;
+    fn recover(&self, key: VerdictKey, stored: Stored) -> Arc<Stored> {
+        let later = |held: &Arc<Stored>| held.judged_at_unix >= stored.judged_at_unix;
         let held = self.tiers.memory.get(&key).filter(later);
         held.unwrap_or_else(|| self.remember(key, stored))
     }
@@ -263,7 +283,8 @@ impl VerdictStore {
 
     /// Forgets the verdicts that `doomed` picks; how many they were.
     pub fn purge(&self, mut doomed: impl FnMut(&Stored) -> bool) -> usize {
-        self.purges.fetch_add(1, Ordering::AcqRel);
+        let mut purges = self.purges.write().unwrap_or_else(PoisonError::into_inner);
+        *purges += 1;
         let mut keys = Vec::new();
         self.for_each(|key, stored| {
             if doomed(&stored) {

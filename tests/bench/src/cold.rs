@@ -152,10 +152,10 @@ async fn round_trips(world: &World, signer: &Signer, pullgate: &Pullgate) -> Res
     let trips = ratio(took, ROUND_TRIP);
     let floor = format!("{} ms of waiting for 3 dependent answers", 3 * ROUND_TRIP.as_millis());
     let figure = format!(
-        "round trips in turn of a cold verification, registry 50 ms away ({} ms, rounded down)",
+        "round trips in turn of a cold verification, registry 50 ms away ({} ms, {trips:.2}, rounded)",
         took.as_millis()
     );
-    let row = Row::alone(&figure, trips.floor(), "", 3.0);
+    let row = Row::alone(&figure, trips.round(), "", 3.0);
     Ok(row.above(floor, trips / 3.0))
 }
 

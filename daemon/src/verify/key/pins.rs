@@ -77,6 +77,10 @@ impl Pins {
     /// When there is one that can't be read (a failure) or understood (a denial). It is not the same
     /// as none: without a pin, whatever KMS gives is trusted.
     pub fn get(&self, uri: &str) -> Result<Option<Pin>, Stop> {
+        // A conflict that could not be written is newer than the file.
+        if let Some(pin) = self.kept().get(uri).filter(|pin| pin.conflict.is_some()) {
+            return Ok(Some(pin.clone()));
+        }
         let path = self.path(uri);
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
@@ -112,6 +116,7 @@ impl Pins {
         file.write_all(&serde_json::to_vec_pretty(pin)?)?;
         file.as_file().sync_all()?;
         file.persist(self.path(&pin.uri))?;
+        self.kept().remove(&pin.uri);
         Ok(())
     }
 

@@ -93,11 +93,18 @@ impl KeyRing {
         ticket.keep_running();
         match tokio::time::timeout(COMPARE_WITHIN, ticket.wait()).await {
             Ok(answer) => answer.unwrap_or_else(nothing),
-            Err(_) => match self.shelf.pinned(uri) {
+            Err(_) => match self.pinned(uri).await {
                 Some(pinned) => pinned,
                 None => ticket.wait().await.unwrap_or_else(nothing),
             },
         }
+    }
+
+    /// What the pin says, where there is one.
+    async fn pinned(&self, uri: &KeyUri) -> Option<Answer> {
+        let (shelf, uri) = (Arc::clone(&self.shelf), uri.clone());
+        // Away from the callers: the disk may be what hangs.
+        tokio::task::spawn_blocking(move || shelf.pinned(&uri)).await.ok()?
     }
 
     /// Every pin.
