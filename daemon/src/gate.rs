@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use quick_cache::sync::Cache;
 use tokio::runtime::Handle;
+use tonic::Status;
 
 use crate::audit::{self, Context};
 use crate::config::RuntimeService;
@@ -17,6 +19,11 @@ use crate::metrics::Metrics;
 
 /// Names of images that are remembered; a node has some hundred images.
 const KNOWN_NAMES: usize = 2048;
+
+/// How long the next hop or containerd may take before it counts as not answering.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// A name that no image has.
+const NO_IMAGE: &str = "pullgate.invalid/ready:ready";
 
 /// A name of an image that was allowed.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -88,5 +95,22 @@ impl Gate {
             }
         }
         judgement
+    }
+
+    /// Whether the next hop, and containerd's own API, answer a cheap call.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub async fn is_ready(&self) -> Result<(), String> {
+        answers("the next hop", self.next_hop.image_id(NO_IMAGE)).await?;
+        answers("containerd", self.image_store.digest_of(NO_IMAGE)).await
+    }
+}
+
+async fn answers<T>(who: &str, call: impl Future<Output = Result<T, Status>>) -> Result<(), String> {
+    match tokio::time::timeout(ANSWER_WITHIN, call).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(status)) => Err(format!("{who} does not answer: {}", status.message())),
+        Err(_) => Err(format!("{who} takes connections but does not answer")),
     }
 }

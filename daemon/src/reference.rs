@@ -122,9 +122,12 @@ impl Reference {
         let (name, digest) = rest.split_once('@').map_or((rest, None), |(name, digest)| (name, Some(digest)));
         let (path, tag) = name.split_once(':').map_or((name, None), |(path, tag)| (path, Some(tag)));
         let path = match registry == DOCKER_HUB && !path.contains('/') {
-            true => checked_path(format!("library/{path}"))?,
-            false => checked_path(path.to_owned())?,
+            true => format!("library/{}", checked_path(path)?),
+            false => checked_path(path)?.to_owned(),
         };
+        if path.len() > MAX_PATH {
+            return invalid(format!("its repository's name is longer than {MAX_PATH} characters"));
+        }
         let tag = tag.map(checked_tag).transpose()?;
         let pointer = match digest {
             Some(digest) => {
@@ -195,10 +198,7 @@ fn is_component(text: &str) -> bool {
     text.starts_with(is_word) && text.ends_with(is_word) && text.split(is_word).all(is_separator)
 }
 
-fn checked_path(path: String) -> Result<String, InvalidReference> {
-    if path.len() > MAX_PATH {
-        return Err(InvalidReference(format!("its repository's name is longer than {MAX_PATH} characters")));
-    }
+fn checked_path(path: &str) -> Result<&str, InvalidReference> {
     match path.split('/').all(is_component) {
         true => Ok(path),
         false => Err(InvalidReference(format!(
@@ -410,6 +410,12 @@ mod tests {
             read += usize::from(ours.is_some());
         }
         assert!(read > 1000, "the pieces make too few references: {read}");
+    }
+
+    #[test]
+    fn a_mistake_is_told_in_the_words_that_were_written() {
+        let error = Reference::parse("Busybox").unwrap_err().to_string();
+        assert!(error.contains("`Busybox`"), "{error}");
     }
 
     #[test]

@@ -17,6 +17,13 @@ struct Keys {
     cosign: Cosign,
 }
 
+/// An alias that is to be re-pointed.
+struct Moving {
+    old: KmsKey,
+    new: KmsKey,
+    alias: String,
+}
+
 impl Keys {
     async fn start() -> Result<Self> {
         let world = World::start().await?;
@@ -48,6 +55,15 @@ impl Keys {
         self.cosign.sign(&key.cosign_uri(), &image.by_digest()).await?;
         self.moto().await?.proxy.forget();
         Ok(image)
+    }
+
+    /// Two keys, and an alias that points at the first.
+    async fn moving_alias(&self, name: &str) -> Result<Moving> {
+        let moto = self.moto().await?;
+        let (old, new) = (moto.create_key("ECC_NIST_P256").await?, moto.create_key("ECC_NIST_P256").await?);
+        let alias = format!("alias/{name}-{}", old.id);
+        moto.create_alias(&alias, &old).await?;
+        Ok(Moving { old, new, alias })
     }
 
     fn signature(&self, image: &Pushed) -> SigTag {
@@ -397,9 +413,7 @@ const KEY_ACCEPTED: &str = "5d1b3cf0ab7e4f0c8f2f3cb1c2f5d805";
 async fn a_re_pointed_alias_is_refused_until_it_is_pointed_back_or_accepted() -> Result<()> {
     let keys = Keys::start().await?;
     let moto = keys.moto().await?;
-    let (old, new) = (moto.create_key("ECC_NIST_P256").await?, moto.create_key("ECC_NIST_P256").await?);
-    let alias = format!("alias/moving-{}", old.id);
-    moto.create_alias(&alias, &old).await?;
+    let Moving { old, new, alias } = keys.moving_alias("moving").await?;
     let (by_old, by_new) = (keys.signed("by-old", &old).await?, keys.signed("by-new", &new).await?);
     let uri = format!("awskms:///{alias}");
     let pullgate = keys.pullgate(&uri, "aws: {aliasRecheck: 0s}").await?;
@@ -461,9 +475,7 @@ async fn a_re_pointed_alias_is_refused_until_it_is_pointed_back_or_accepted() ->
 async fn an_alias_is_compared_again_only_after_its_time() -> Result<()> {
     let keys = Keys::start().await?;
     let moto = keys.moto().await?;
-    let (old, new) = (moto.create_key("ECC_NIST_P256").await?, moto.create_key("ECC_NIST_P256").await?);
-    let alias = format!("alias/slow-{}", old.id);
-    moto.create_alias(&alias, &old).await?;
+    let Moving { old, new, alias } = keys.moving_alias("slow").await?;
     let (one, two) = (keys.signed("one", &old).await?, keys.signed("two", &old).await?);
     let pullgate = keys.pullgate(&format!("awskms:///{alias}"), "aws: {aliasRecheck: 2s}").await?;
     let start = Instant::now();
@@ -486,9 +498,7 @@ async fn an_alias_is_compared_again_only_after_its_time() -> Result<()> {
 async fn remote_verification_asks_the_pinned_key_and_not_its_alias() -> Result<()> {
     let keys = Keys::start().await?;
     let moto = keys.moto().await?;
-    let (old, new) = (moto.create_key("ECC_NIST_P256").await?, moto.create_key("ECC_NIST_P256").await?);
-    let alias = format!("alias/moved-{}", old.id);
-    moto.create_alias(&alias, &old).await?;
+    let Moving { old, new, alias } = keys.moving_alias("moved").await?;
     let uri = format!("awskms:///{alias}");
     let rules = policy::rules(&[policy::rule(&keys.world.registry, &uri, "remoteVerify: true")]);
     let pullgate = Pullgate::start(&keys.world, &rules).await?;
@@ -678,9 +688,7 @@ async fn an_old_allow_verdict_stands_while_kms_is_away() -> Result<()> {
 async fn a_slow_kms_holds_up_no_pinned_alias_and_is_heard_in_the_end() -> Result<()> {
     let keys = Keys::start().await?;
     let moto = keys.moto().await?;
-    let (old, new) = (moto.create_key("ECC_NIST_P256").await?, moto.create_key("ECC_NIST_P256").await?);
-    let alias = format!("alias/slow-{}", old.id);
-    moto.create_alias(&alias, &old).await?;
+    let Moving { old, new, alias } = keys.moving_alias("slow").await?;
     let image = keys.signed("app", &old).await?;
     let pullgate = keys.pullgate(&format!("awskms:///{alias}"), "aws: {aliasRecheck: 0s}").await?;
     pullgate.cri().pull(&image.by_tag()).await?;

@@ -12,7 +12,6 @@ use http_body_util::Full;
 use serde_json::{Map, Value, json};
 
 use crate::gate::Gate;
-use crate::metrics::server::next_hop_answers;
 use crate::reload::Reloader;
 use crate::store::{Stored, Verdict, VerdictKey};
 use crate::verdict::AllowReason;
@@ -63,7 +62,7 @@ impl Admin {
 
     async fn status(&self) -> Value {
         let active = self.gate.engine.active();
-        let next_hop = next_hop_answers(&self.gate).await;
+        let next_hop = self.gate.is_ready().await;
         let (_, disk, _) = self.gate.engine.store().size();
         json!({
             "version": env!("CARGO_PKG_VERSION"),

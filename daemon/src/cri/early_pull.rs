@@ -44,7 +44,6 @@ fn recall(gate: &Gate, image: &str) -> Option<Permit> {
     if !matches!(reference.pointer, Pointer::Tag(_)) {
         return None;
     }
-    let name = reference.to_string();
-    let digest = gate.pulled_tags.get(&name)?;
-    gate.engine.recall(&name, &digest)
+    let digest = gate.pulled_tags.get(&reference.to_string())?;
+    gate.engine.recall(reference, &digest)
 }

@@ -55,12 +55,7 @@ pub fn message(judgement: &Judgement) -> Option<String> {
 
 fn deny_remedy(reason: DenyReason, judgement: &Judgement) -> String {
     let sign = || {
-        let key = judgement.rule.as_ref().and_then(|rule| rule.key.as_deref()).unwrap_or_default();
-        // cosign names KMS keys so; of other keys the rule knows the public half only.
-        let key = match key.starts_with("file:") || !key.contains("://") {
-            true => "PRIVATE-KEY".to_owned(),
-            false => key.replacen("aws-kms://", "awskms:///", 1),
-        };
+        let key = judgement.rule.as_ref().and_then(|rule| rule.sign_with.as_deref()).unwrap_or("PRIVATE-KEY");
         let repository = judgement.image.rsplit_once('@').map_or(judgement.image.as_str(), |(name, _)| name);
         let digest = judgement.digest.as_ref().map_or("DIGEST".to_owned(), ToString::to_string);
         let name = match (judgement.image.contains('@'), repository.rsplit_once(':')) {

@@ -43,6 +43,8 @@ pub struct AppliedRule {
     pub expected: Option<String>,
     /// The key by which it wants a signature.
     pub key: Option<String>,
+    /// What to sign with, where the rule tells.
+    pub sign_with: Option<String>,
 }
 
 /// Where a verdict came from.
@@ -184,7 +186,8 @@ impl AppliedRule {
                 false => format!("a cosign signature by {} with {}", signed_by.key, annotations.join(", ")),
             }
         });
-        Self { name: rule.name.clone(), strategy, expected, key: signed_by.map(|s| s.key.label()) }
+        let sign_with = signed_by.and_then(|signed_by| signed_by.key.for_signing());
+        Self { name: rule.name.clone(), strategy, expected, key: signed_by.map(|s| s.key.label()), sign_with }
     }
 }
 

@@ -289,11 +289,10 @@ impl Engine {
         answer.ok().flatten().unwrap_or_else(|| Err(timeout().into()))
     }
 
-    /// Leave to pull `digest` as `image`, if a verdict in memory gives it: no question is asked
+    /// Leave to pull `digest` as `reference`, if a verdict in memory gives it: no question is asked
     /// of anybody, and none is answered. For work that may turn out to be in vain.
-    pub fn recall(&self, image: &str, digest: &Digest) -> Option<Permit> {
+    pub fn recall(&self, reference: Reference, digest: &Digest) -> Option<Permit> {
         let active = self.active.load();
-        let reference = Reference::parse(image).ok()?;
         let (Strategy::Signed(signed_by) | Strategy::Dev(signed_by)) =
             &active.config.policy.find(&reference)?.strategy
         else {

@@ -9,16 +9,9 @@ use http_body_util::Full;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tonic::Status;
 
 use crate::gate::Gate;
 use crate::listener::serve::{self, Running};
-
-/// How long the next hop may take before it counts as not answering.
-const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-
-/// A name that no image has.
-const NO_IMAGE: &str = "pullgate.invalid/ready:ready";
 
 /// Connections at once to the TCP socket.
 const MOST_CONNECTIONS: usize = 32;
@@ -53,7 +46,7 @@ pub async fn tcp(socket: TcpListener, mut running: Running, gate: Arc<Gate>) {
 pub async fn answer<B>(gate: Arc<Gate>, request: Request<B>) -> Response<Full<Bytes>> {
     let (status, text) = match request.uri().path() {
         "/healthz" => (StatusCode::OK, Bytes::from_static(b"ok\n")),
-        "/readyz" => match next_hop_answers(&gate).await {
+        "/readyz" => match gate.is_ready().await {
             Ok(()) => (StatusCode::OK, Bytes::from_static(b"ok\n")),
             Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n").into()),
         },
@@ -67,23 +60,6 @@ pub async fn answer<B>(gate: Arc<Gate>, request: Request<B>) -> Response<Full<By
         _ => (StatusCode::NOT_FOUND, Bytes::from_static(b"/metrics, /healthz, /readyz\n")),
     };
     plain(status, text)
-}
-
-/// Whether the next hop, and containerd's own API, answer a cheap call.
-///
-/// # Errors
-/// A sentence.
-pub async fn next_hop_answers(gate: &Gate) -> Result<(), String> {
-    answers("the next hop", gate.next_hop.image_id(NO_IMAGE)).await?;
-    answers("containerd", gate.image_store.digest_of(NO_IMAGE)).await
-}
-
-async fn answers<T>(who: &str, call: impl Future<Output = Result<T, Status>>) -> Result<(), String> {
-    match tokio::time::timeout(ANSWER_WITHIN, call).await {
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err(status)) => Err(format!("{who} does not answer: {}", status.message())),
-        Err(_) => Err(format!("{who} takes connections but does not answer")),
-    }
 }
 
 fn plain(status: StatusCode, text: Bytes) -> Response<Full<Bytes>> {

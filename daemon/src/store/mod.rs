@@ -115,7 +115,11 @@ impl VerdictStore {
     }
 
     fn counted(&self, stored: Option<Arc<Stored>>, tier: &'static str, lifetimes: &Lifetimes) -> Found {
-        let found = stored.map_or(Found::Nothing, |stored| classify(stored, tier, lifetimes));
+        let found = stored.map_or(Found::Nothing, |stored| match age(&stored, lifetimes) {
+            Age::Fresh => Found::Fresh(stored, tier),
+            Age::Stale => Found::Stale(stored),
+            Age::Over => Found::Nothing,
+        });
         let outcome = match found {
             Found::Fresh(..) => "hit",
             Found::Stale(_) => "stale",
@@ -137,10 +141,8 @@ impl VerdictStore {
 
     /// An allow verdict within its lifetime, if memory holds one. It does not count as a look-up.
     pub fn recall(&self, key: &VerdictKey, lifetimes: &Lifetimes) -> Option<Arc<Stored>> {
-        match classify(self.tiers.memory.get(key)?, "memory", lifetimes) {
-            Found::Fresh(stored, _) if stored.is_allow() => Some(stored),
-            _ => None,
-        }
+        let stored = self.tiers.memory.get(key)?;
+        (stored.is_allow() && Self::is_fresh(&stored, lifetimes)).then_some(stored)
     }
 
     /// The allow verdicts about the same digest of the same repository under other rules or keys,
@@ -173,8 +175,8 @@ impl VerdictStore {
     }
 
     /// Whether a verdict stands on its own, and not only where a failure needs it to.
-    pub fn is_fresh(stored: &Arc<Stored>, lifetimes: &Lifetimes) -> bool {
-        matches!(classify(Arc::clone(stored), "disk", lifetimes), Found::Fresh(..))
+    pub fn is_fresh(stored: &Stored, lifetimes: &Lifetimes) -> bool {
+        age(stored, lifetimes) == Age::Fresh
     }
 
     fn load(&self, key: &VerdictKey) -> Option<Arc<Stored>> {
@@ -253,7 +255,7 @@ impl VerdictStore {
     }
 
     fn is_over(stored: &Stored, lifetimes: &Lifetimes) -> bool {
-        matches!(classify(Arc::new(stored.clone()), "disk", lifetimes), Found::Nothing)
+        age(stored, lifetimes) == Age::Over
     }
 
     fn evicted(&self, cause: &str, keys: &[VerdictKey]) {
@@ -336,18 +338,29 @@ fn mend(patient: Weak<Tiers>) {
     }
 }
 
-fn classify(stored: Arc<Stored>, tier: &'static str, lifetimes: &Lifetimes) -> Found {
+/// What a verdict counts for, by its age.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Age {
+    /// It stands.
+    Fresh,
+    /// It stands in for a failure.
+    Stale,
+    /// It counts for nothing.
+    Over,
+}
+
+fn age(stored: &Stored, lifetimes: &Lifetimes) -> Age {
     // A verdict from the future was reached under a wrong clock: nobody knows how old it is.
     let age = match SystemTime::now().duration_since(stored.judged_at()) {
         Ok(age) => age,
         Err(ahead) if ahead.duration() < CLOCK_STEP => Duration::ZERO,
-        Err(_) => return Found::Nothing,
+        Err(_) => return Age::Over,
     };
     let lifetime = if stored.is_allow() { lifetimes.positive } else { lifetimes.negative };
     match stored.is_allow() {
-        _ if age < lifetime => Found::Fresh(stored, tier),
-        true if age < lifetime.saturating_add(lifetimes.stale_grace) => Found::Stale(stored),
-        _ => Found::Nothing,
+        _ if age < lifetime => Age::Fresh,
+        true if age < lifetime.saturating_add(lifetimes.stale_grace) => Age::Stale,
+        _ => Age::Over,
     }
 }
 

@@ -79,6 +79,16 @@ impl KeyUri {
         Err("expected aws-kms://ARN, awskms:///KEY, file:///PATH.pem or a PEM public key".into())
     }
 
+    /// What cosign is given to sign with it (`cosign sign --key`); of other keys than KMS's only the
+    /// public half is known.
+    pub fn for_signing(&self) -> Option<String> {
+        match self {
+            Self::Kms(KmsKey { endpoint: None, id }) => Some(format!("awskms:///{id}")),
+            Self::Kms(_) => Some(self.label()),
+            Self::File(_) | Self::Inline(_) => None,
+        }
+    }
+
     /// The SHA-256 or name by which journal and messages know this key; never key material.
     pub fn label(&self) -> String {
         match self {
@@ -199,5 +209,18 @@ mod tests {
             let error = KeyUri::parse(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn cosign_signs_with_kms_keys_by_its_own_spelling() {
+        let arn = "arn:aws:kms:us-west-2:123456789012:key/aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee";
+        let signing = |text: &str| KeyUri::parse(text).unwrap().for_signing();
+        assert_eq!(signing(&format!("aws-kms://{arn}")), Some(format!("awskms:///{arn}")));
+        assert_eq!(signing("awskms:///alias/ci").as_deref(), Some("awskms:///alias/ci"));
+        assert_eq!(
+            signing("awskms://kms.lan:4566/alias/ci").as_deref(),
+            Some("awskms://kms.lan:4566/alias/ci")
+        );
+        assert_eq!(signing("file:///etc/pullgate/keys/ci.pub"), None);
     }
 }
